@@ -1,0 +1,110 @@
+"""From integers to vectors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxformer.ops import positions
+from jaxformer.typing import Array, Float, Int
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class Embed(nn.Module):
+    """Looks up a learned vector for each token; `logits` uses the same table the other way round.
+
+    Attributes:
+        vocab_size: V.
+        width: D.
+    """
+
+    vocab_size: int
+    width: int
+
+    def setup(self) -> None:
+        self.table = self.param("table", _INIT, (self.vocab_size, self.width))
+
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Looks the tokens up; one outside 0..V-1 becomes NaN, which cannot pass unnoticed."""
+        return jnp.take(self.table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores every token by its vector's product with `x`: a tied output layer."""
+        return x @ self.table.T.astype(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """Adds a learned vector for each position.
+
+    Attributes:
+        max_length: Positions in the table.
+    """
+
+    max_length: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], offset: int | Int[Array, ""] = 0
+    ) -> Float[Array, "B T D"]:
+        """Adds the rows from `offset` on; past the end it raises, or gives NaN where traced."""
+        table = self.param("table", _INIT, (self.max_length, x.shape[-1]))
+        return x + positions.lookup(table, x.shape[1], offset).astype(x.dtype)[None]
+
+
+class NeighbourEmbed(nn.Module):
+    """Sums learned vectors of the cells around the next one: a causal convolution on tokens.
+
+    Position t of the sequence predicts cell t of a grid read row by row, with a start token before
+    cell 0. The embedding there is the sum over `offsets` of one table's row for the token in that
+    neighbouring cell; a neighbour outside the grid has a row of its own. What a first layer of
+    attention would have to find out, where the cell above is, is thereby given.
+
+    Attributes:
+        vocab_size: V, tokens of a cell.
+        width: D.
+        columns: Cells in a row of the grid.
+        offsets: Neighbours as (rows, columns) from the predicted cell, all of them before it.
+
+    References:
+        The masked convolution of van den Oord et al. 2016, "Pixel recurrent neural networks",
+        section 3.4, as a first layer on one-hot tokens. https://arxiv.org/abs/1601.06759
+    """
+
+    vocab_size: int
+    width: int
+    columns: int
+    offsets: tuple[tuple[int, int], ...]
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B S"], first: int | Int[Array, ""] = 0, count: int | None = None
+    ) -> Float[Array, "B T D"]:
+        """Embeds positions `first` to `first + count` of a sequence whose start token is column 0.
+
+        Args:
+            tokens: The whole sequence so far; what comes after the positions asked for is ignored.
+            first: First position to embed.
+            count: T; all of S if None.
+
+        Raises:
+            ValueError: If an offset does not lie before the predicted cell.
+        """
+        for row, column in self.offsets:
+            if row > 0 or (row == 0 and column >= 0):
+                raise ValueError(f"offset ({row}, {column}) does not lie before the cell.")
+        count = tokens.shape[1] if count is None else count
+        shape = (len(self.offsets), self.vocab_size + 1, self.width)
+        table = self.param("table", _INIT, shape)
+
+        rows, columns = np.array(self.offsets, np.int32).reshape(-1, 2).T
+        cell = first + jnp.arange(count)[:, None]
+        column = cell % self.columns + columns[None]
+        place = cell + (rows * self.columns + columns)[None]  # of the neighbour, among the cells
+        known = (place >= 0) & (column >= 0) & (column < self.columns)
+        neighbours = jnp.take(tokens, jnp.where(known, place + 1, 0), axis=1)
+        neighbours = jnp.where(known[None], neighbours, self.vocab_size)
+
+        one_hot = jax.nn.one_hot(neighbours, self.vocab_size + 1, dtype=table.dtype)
+        flat = one_hot.reshape(tokens.shape[0], count, -1)
+        return flat @ table.reshape(-1, self.width)

@@ -1,0 +1,63 @@
+"""The position-wise half of a Transformer block."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.layers.linear import Dense
+from jaxformer.ops import activations, linear
+from jaxformer.typing import Array, Float
+
+
+class MLP(nn.Module):
+    """Widens to `hidden` channels, applies an activation, and narrows again.
+
+    Attributes:
+        hidden: F.
+        activation: Any elementwise function.
+        use_bias: Of both maps.
+        project: The product of both maps.
+        out_init: Initializer of the second kernel; zeros make the block start as the identity.
+    """
+
+    hidden: int
+    activation: Callable[[Array], Array] = activations.gelu
+    use_bias: bool = False
+    project: Callable[[Array, Array], Array] = linear.project
+    out_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Maps every position alike."""
+        up = Dense(self.hidden, self.use_bias, project=self.project, name="up")
+        down = Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="down")
+        return down(self.activation(up(x)))
+
+
+class GatedMLP(nn.Module):
+    """Widens to two times `hidden` channels, of which one half gates the other, and narrows again.
+
+    Attributes:
+        hidden: F.
+        unit: Joins the gate and the value: `activations.swiglu`, `geglu`, `glu`, ...
+        use_bias: Of both maps.
+        project: The product of both maps.
+        out_init: Initializer of the second kernel; zeros make the block start as the identity.
+
+    References:
+        Shazeer 2020, "GLU variants improve Transformer". https://arxiv.org/abs/2002.05202
+    """
+
+    hidden: int
+    unit: Callable[[Array, Array], Array] = activations.swiglu
+    use_bias: bool = False
+    project: Callable[[Array, Array], Array] = linear.project
+    out_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Maps every position alike; the first F channels of the wide map are the gate."""
+        up = Dense(2 * self.hidden, self.use_bias, project=self.project, name="up")
+        down = Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="down")
+        return down(self.unit(*jnp.split(up(x), 2, axis=-1)))

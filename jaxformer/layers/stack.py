@@ -1,0 +1,115 @@
+"""Many blocks, one after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxformer.layers.attention import KVCache
+from jaxformer.layers.block import Make
+from jaxformer.typing import Array, DTypeLike, Float, PyTree
+
+
+class Stack(nn.Module):
+    """`num_layers` blocks, either one by one or as one block scanned over its stacked parameters.
+
+    Scanning keeps compile time and program size the same at any depth. Unrolled, a short stack is
+    faster on CPU, where XLA runs the body of a loop on one thread. `stack_parameters` and
+    `unstack_parameters` turn the parameters of one form into those of the other.
+
+    Attributes:
+        block: Makes a block, called with the arguments of `layers.block.Block`.
+        num_layers: Blocks.
+        scan: Scans; parameters and caches then have a leading axis of `num_layers`.
+        remat: Keeps only what enters each block for the backward pass, and computes the rest again.
+        policy: What remat may keep besides, from `jax.checkpoint_policies`.
+    """
+
+    block: Make
+    num_layers: int
+    scan: bool = False
+    remat: bool = False
+    policy: Callable[..., bool] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *args: Any,
+        cache: PyTree[KVCache] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Passes the stream through all blocks.
+
+        Args:
+            x: The stream.
+            *args: Passed on to every block, as are other keywords.
+            cache: From `empty_cache`; with it the new cache is returned too.
+        """
+
+        def body(block: nn.Module, x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
+            depth, cache = layer
+            y = block(x, *args, cache=cache, depth=depth, **kwargs)
+            return y if cache is not None else (y, None)
+
+        if self.remat:
+            body = nn.remat(body, prevent_cse=not self.scan, policy=self.policy)
+        depths = np.linspace(0.0, 1.0, self.num_layers, dtype=np.float32)
+        if self.scan:
+            scanned = nn.scan(
+                body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}
+            )
+            x, caches = scanned(self.block(name="layers"), x, (jnp.asarray(depths), cache))
+        else:
+            each = [None] * self.num_layers if cache is None else cache
+            new = []
+            for i, layer in enumerate(zip(depths, each)):
+                x, updated = body(self.block(name=f"layers_{i}"), x, layer)
+                new.append(updated)
+            caches = tuple(new)
+        return x if cache is None else (x, caches)
+
+
+def empty_cache(
+    num_layers: int,
+    scan: bool,
+    batch: int,
+    num_kv_heads: int,
+    max_length: int,
+    head_dim: int,
+    dtype: DTypeLike = jnp.float32,
+) -> PyTree[KVCache]:
+    """Makes an empty cache for every block of a Stack; the later sizes are those of one KVCache."""
+    one = KVCache.empty(batch, num_kv_heads, max_length, head_dim, dtype)
+    if scan:
+        return jax.tree.map(lambda x: jnp.stack([x] * num_layers), one)
+    return (one,) * num_layers
+
+
+def stack_parameters(parameters: PyTree) -> PyTree:
+    """Turns parameters `layers_0`, `layers_1`, ... of a Stack into those of a scanned one.
+
+    Raises:
+        ValueError: If there is no `layers_0`.
+    """
+    count = sum(name.startswith("layers_") for name in parameters)
+    if not count:
+        raise ValueError(f"no layers_0 among {sorted(parameters)}.")
+    layers = [parameters[f"layers_{i}"] for i in range(count)]
+    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_parameters(parameters: PyTree) -> PyTree:
+    """Turns the parameters `layers` of a scanned Stack into `layers_0`, `layers_1`, ...
+
+    Raises:
+        ValueError: If there is no `layers`.
+    """
+    if "layers" not in parameters:
+        raise ValueError(f"no layers among {sorted(parameters)}.")
+    stacked = parameters["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}

@@ -1,0 +1,8 @@
+"""Architectures, one a file: a frozen config with published sizes beside its module.
+
+transformer       the config that the three skeletons share, and its block
+decoder           tokens in, logits of the next token out, with a cache
+encoder           tokens in, one vector for each out
+encoder_decoder   both, joined by cross-attention
+image_gpt         a decoder of pictures as grids of small patches
+"""

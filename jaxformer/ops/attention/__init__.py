@@ -1,0 +1,34 @@
+"""Attention: one function, `attend`, and the masks that say who may look at whom.
+
+For example, for texts of different lengths in one batch:
+
+    from jaxformer.ops import attention
+
+    y = attention.attend(q, k, v, attention.causal() & attention.key_lengths(lengths))
+"""
+
+from jaxformer.ops.attention.dense import attend
+from jaxformer.ops.attention.masks import (
+    Mask,
+    causal,
+    explicit,
+    key_lengths,
+    local_global,
+    prefix,
+    segments,
+    strided,
+    window,
+)
+
+__all__ = [
+    "Mask",
+    "attend",
+    "causal",
+    "explicit",
+    "key_lengths",
+    "local_global",
+    "prefix",
+    "segments",
+    "strided",
+    "window",
+]

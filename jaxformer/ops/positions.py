@@ -1,0 +1,154 @@
+"""Positions that are added: tables for the stream, biases for the logits of attention.
+
+Rotary positions, which multiply, are in `rotary`.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from jaxformer.typing import Array, DTypeLike, Float, Int
+
+
+def sinusoidal(
+    positions: Int[Array, "*B T"],
+    width: int,
+    *,
+    max_period: float = 10_000.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*B T {width}"]:
+    """Makes sine and cosine waves of each position: sines in even channels, cosines in odd ones.
+
+    Pair `i` has the frequency `max_period**(-2i/D)` radians a token. Angles are in float32.
+
+    Raises:
+        ValueError: If D (`width`) is odd or `max_period` is not positive.
+
+    References:
+        Vaswani et al. 2017, "Attention is all you need", section 3.5, as printed; the authors' code
+        puts all sines before all cosines. https://arxiv.org/abs/1706.03762
+    """
+    if width % 2 or max_period <= 0:
+        raise ValueError(f"sinusoidal needs D even, max_period > 0; got D={width}, {max_period=}.")
+    frequency = max_period ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = jnp.expand_dims(positions, -1).astype(jnp.float32) * frequency.reshape(
+        (1,) * positions.ndim + (-1,)
+    )
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return waves.reshape(*positions.shape, width).astype(dtype)
+
+
+def lookup(
+    table: Float[Array, "rows D"], length: int, offset: int | Int[Array, ""] = 0
+) -> Float[Array, "{length} D"]:
+    """Takes `length` rows of a learned table of positions, from `offset` on.
+
+    Rows past the end raise where `offset` is an int. A traced offset cannot raise: a start
+    past the end gives rows of NaN instead of a silent last row.
+
+    Raises:
+        ValueError: If the rows asked for are not in the table.
+    """
+    rows = table.shape[0]
+    if isinstance(offset, int):
+        if offset < 0 or offset + length > rows:
+            raise ValueError(
+                f"positions {offset}..{offset + length - 1} are not in a table of {rows} rows."
+            )
+        return table[offset : offset + length]
+    wanted = offset + jnp.arange(length)
+    wanted = jnp.where(wanted < 0, rows, wanted)  # else -1 would mean the last row
+    return table.at[wanted].get(mode="fill", fill_value=jnp.nan)
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
+    """Gives each head its slope: a geometric sequence from `2**(-8/N)` down to `2**-8`.
+
+    Where N is no power of two, the heads beyond the largest power of two P below it take every
+    other slope of the sequence for 2·P heads.
+
+    Raises:
+        ValueError: If N (`num_heads`) is less than 1.
+
+    References:
+        Press et al. 2022, "Train short, test long", section 3; the rule for other N is that of
+        the authors' code. https://arxiv.org/abs/2108.12409
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes needs at least one head, got N={num_heads}.")
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    between = [2.0 ** (-4 * (head + 1) / power) for head in range(0, 2 * power, 2)]
+    return jnp.array((slopes + between)[:num_heads], jnp.float32)
+
+
+def alibi_bias(
+    slopes: Float[Array, "N"],
+    query_length: int,
+    key_length: int,
+    offset: int | Int[Array, ""] = 0,
+) -> Float[Array, "1 N {query_length} {key_length}"]:
+    """Makes a bias that falls linearly with distance: `-slope * |offset + t - s|`.
+
+    Under a causal mask this is the paper's; the absolute value serves attention in both directions.
+
+    Args:
+        slopes: One a head, as from `alibi_slopes`.
+        query_length: T.
+        key_length: S.
+        offset: Position of query 0 among the keys.
+    """
+    distance = jnp.abs(_relative(query_length, key_length, offset)).astype(jnp.float32)
+    return -slopes[None, :, None, None] * distance[None, None]
+
+
+def t5_buckets(
+    query_length: int,
+    key_length: int,
+    *,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = True,
+    offset: int | Int[Array, ""] = 0,
+) -> Int[Array, "{query_length} {key_length}"]:
+    """Sorts distances into buckets: one each for the near, logarithmically wider ones for the far.
+
+    Half of the buckets hold exact distances, the other half grow up to `max_distance`, beyond which
+    all share the last. If `bidirectional`, keys behind and keys ahead have half of the buckets
+    each; if not, all keys ahead share the bucket of distance 0.
+
+    Raises:
+        ValueError: If there are too few buckets, or `max_distance` does not exceed the exact ones.
+
+    References:
+        Raffel et al. 2020, "T5", section 2.1. https://arxiv.org/abs/1910.10683
+    """
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = side // 2
+    if exact < 1 or max_distance <= exact or (bidirectional and num_buckets % 2):
+        raise ValueError(
+            f"t5_buckets cannot divide: {num_buckets=}, {max_distance=}, {bidirectional=}."
+        )
+    ahead = _relative(query_length, key_length, offset)
+    first = jnp.where(ahead > 0, side, 0) if bidirectional else 0
+    distance = jnp.abs(ahead) if bidirectional else jnp.maximum(-ahead, 0)
+
+    ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+    growth = jnp.log(ratio) / math.log(max_distance / exact) * (side - exact)
+    far = jnp.minimum(exact + growth.astype(jnp.int32), side - 1)
+    return first + jnp.where(distance < exact, distance, far)
+
+
+def bucket_bias(table: Float[Array, "E N"], buckets: Int[Array, "T S"]) -> Float[Array, "1 N T S"]:
+    """Looks up each pair's bucket in a learned table: the bias of T5, and of Swin's windows.
+
+    A bucket that the table lacks gives NaN, since an index cannot raise while traced.
+    """
+    buckets = jnp.where(buckets < 0, table.shape[0], buckets)
+    bias = table.at[buckets].get(mode="fill", fill_value=jnp.nan)
+    return bias.transpose(2, 0, 1)[None]
+
+
+def _relative(query_length: int, key_length: int, offset: int | Array) -> Array:
+    """How far each key is ahead of each query: `s - (offset + t)`."""
+    return jnp.arange(key_length)[None, :] - (offset + jnp.arange(query_length))[:, None]

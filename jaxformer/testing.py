@@ -1,0 +1,242 @@
+"""Checks for your own functions, and the cases that every implementation of attention must pass.
+
+For example:
+
+    testing.assert_causal(lambda x: model.apply(params, x[None])[0], x)
+    testing.assert_equivariant(norm, x, transform_in=shuffle, transform_out=shuffle)
+    for case in testing.attention_cases():
+        y = attend(**case.inputs())
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.ops import attention
+from jaxformer.typing import Array, DTypeLike, Float
+
+
+def assert_causal(
+    f: Callable[[Array], Array], x: Float[Array, "T D"], *, strictly: bool = False
+) -> None:
+    """Checks by gradient that no output of a sequence function sees its future.
+
+    The derivative of output t must be exactly zero with respect to every later input, and must not
+    vanish with respect to input t itself: a function that ignores its input fails. One backward
+    pass a position, so keep T small.
+
+    Args:
+        f: Maps `T D` to `T ...`.
+        x: Where to differentiate.
+        strictly: Output t must not see input t either, but must see input t - 1.
+
+    Raises:
+        AssertionError: Naming the output and the input at fault.
+    """
+    y, pull_back = jax.vjp(jax.jit(f), x)
+    length = x.shape[0]
+    if y.shape[0] != length:
+        raise AssertionError(f"assert_causal: T={length} inputs gave T={y.shape[0]} outputs.")
+    # Random weights, since a plain sum can hide an influence: softmax sums to 1 whatever it sees.
+    probes = np.zeros((length, *y.shape))
+    probes[np.arange(length), np.arange(length)] = np.random.default_rng(0).normal(size=y.shape)
+    (gradients,) = jax.jit(jax.vmap(pull_back))(jnp.asarray(probes, y.dtype))
+    influence = np.abs(np.asarray(gradients, np.float64)).max(axis=-1)  # of input s on output t
+
+    lag = 1 if strictly else 0
+    for t in range(length):
+        for s in range(max(t + 1 - lag, 0), length):
+            if influence[t, s] != 0:
+                raise AssertionError(
+                    f"output {t} sees input {s}: derivative {influence[t, s]:.3g}."
+                )
+        if t >= lag and not influence[t, t - lag] > 0:
+            raise AssertionError(f"output {t} does not see input {t - lag}.")
+
+
+def assert_equivariant(
+    f: Callable[[Any], Any],
+    x: Any,
+    transform_in: Callable[[Any], Any],
+    transform_out: Callable[[Any], Any],
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> None:
+    """Checks that transforming the input transforms the output: `f(in(x)) = out(f(x))`.
+
+    With the identity as `transform_out` it checks invariance.
+
+    Args:
+        f: From a tree of arrays to a tree of arrays.
+        x: Input; `transform_in` must change it, or the check would check nothing.
+        transform_in: What is done to the input.
+        transform_out: What ought to happen to the output.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+
+    Raises:
+        AssertionError: If the two differ in structure or values, or `transform_in` changes nothing.
+    """
+    moved = transform_in(x)
+    if jax.tree.all(jax.tree.map(np.array_equal, moved, x)):
+        raise AssertionError("assert_equivariant: transform_in left the input as it was.")
+    found, expected = f(moved), transform_out(f(x))
+    if jax.tree.structure(found) != jax.tree.structure(expected):
+        raise AssertionError("assert_equivariant: the outputs differ in structure.")
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(
+            np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=rtol, atol=atol
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """Sizes and options of one call of `attend`; `dataclasses.replace` makes others of it.
+
+    Attributes:
+        name: For test names.
+        mask: Makes the mask from the case, so that it follows the sizes; None is no mask.
+        batch: B.
+        query_length: T.
+        key_length: S.
+        num_heads: N.
+        num_kv_heads: K.
+        head_dim: H.
+        value_dim: Head size of the values.
+        bias: Axes of the bias, a 1 for each of size 1, such as "1NTS"; empty for none.
+        scale: Factor of the logits.
+        softcap: Bound of the logits.
+        sinks: Whether each head has a sink.
+        dtype: Of q, k, v and the bias.
+    """
+
+    name: str
+    mask: "Callable[[AttentionCase], attention.Mask] | None" = None
+    batch: int = 3
+    query_length: int = 13
+    key_length: int = 13
+    num_heads: int = 5
+    num_kv_heads: int = 5
+    head_dim: int = 7
+    value_dim: int = 7
+    bias: str = ""
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        """Draws the arguments, by name, of one call; the same seed gives the same numbers."""
+        random = np.random.default_rng(seed)
+
+        def normal(*shape: int, dtype: DTypeLike = self.dtype) -> Array:
+            return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
+
+        keys_shape = (self.batch, self.key_length, self.num_kv_heads)
+        sizes = {"1": 1, "B": self.batch, "N": self.num_heads}
+        sizes |= {"T": self.query_length, "S": self.key_length}
+        bias_shape = [sizes[axis] for axis in self.bias]
+        return {
+            "q": normal(self.batch, self.query_length, self.num_heads, self.head_dim),
+            "k": normal(*keys_shape, self.head_dim),
+            "v": normal(*keys_shape, self.value_dim),
+            "mask": self.mask(self) if self.mask else None,
+            "bias": normal(*bias_shape) if self.bias else None,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": normal(self.num_heads, dtype=jnp.float32) if self.sinks else None,
+        }
+
+
+def attention_cases() -> list[AttentionCase]:
+    """Lists what an implementation of attention must get right or refuse.
+
+    Every kind of mask, alone and combined; queries grouped and not; T other than S; every option;
+    ragged lengths; rows that may look nowhere; narrow dtypes. Sizes are odd and mostly primes, so
+    that neither a swapped axis nor a length that is no multiple of a block goes unnoticed.
+    """
+    causal, window = attention.causal, attention.window
+    case = AttentionCase
+    return [
+        case("everyone"),
+        case("causal", lambda c: causal()),
+        case("causal_offset", lambda c: causal(c.key_length - c.query_length), query_length=5),
+        case("causal_traced_offset", lambda c: causal(jnp.array(3)), query_length=5),
+        case("causal_offset_by_row", lambda c: causal(3 * jnp.arange(c.batch)), query_length=5),
+        case("causal_before_the_keys", lambda c: causal(-4)),
+        case("window", lambda c: window(3)),
+        case("window_both_sides", lambda c: window(3, 1, c.key_length // 3), query_length=7),
+        case("window_strict_past", lambda c: window(None, -1)),
+        case("window_ahead", lambda c: window(0, None)),
+        case("prefix", lambda c: causal() | attention.prefix(_ragged(c))),
+        case("key_lengths", lambda c: attention.key_lengths(_ragged(c)), query_length=7),
+        case("causal_key_lengths", lambda c: causal() & attention.key_lengths(_ragged(c))),
+        case("segments", lambda c: causal() & attention.segments(_ids(c, c.query_length))),
+        case("segments_cross", _segments_cross, query_length=7),
+        case("local_global", lambda c: causal() & attention.local_global(4)),
+        case("local_global_wide", lambda c: attention.local_global(5, 2, 3), query_length=7),
+        case("strided", lambda c: causal() & attention.strided(4)),
+        case("explicit", lambda c: attention.explicit(_holes(c, "BNTS"))),
+        case("explicit_broadcast", lambda c: attention.explicit(_holes(c, "TS"))),
+        case("explicit_empty", lambda c: attention.explicit(jnp.zeros((1, 1), bool))),
+        case("cross", query_length=7, key_length=17, value_dim=11),
+        case("grouped", lambda c: causal(), num_heads=15),
+        case("one_key_head", lambda c: window(3), num_kv_heads=1),
+        case("one_query", lambda c: attention.key_lengths(_ragged(c)), query_length=1),
+        case("one_key", key_length=1),
+        case("bias", bias="BNTS"),
+        case("bias_by_head", lambda c: causal(), bias="NTS", num_heads=15),
+        case("bias_by_key", bias="B11S"),
+        case("scale", scale=0.3),
+        case("softcap", lambda c: causal(), softcap=1.5),
+        case("sinks", lambda c: window(3), sinks=True),
+        case("sinks_over_nothing", lambda c: attention.key_lengths(_ragged(c)), sinks=True),
+        case("everything_at_once", _everything_at_once, **_EVERYTHING),
+        case("bfloat16", lambda c: causal(), dtype=jnp.bfloat16),
+        case("float16", _everything_at_once, **_EVERYTHING, dtype=jnp.float16),
+    ]
+
+
+_EVERYTHING = {
+    "query_length": 7,
+    "num_heads": 15,
+    "value_dim": 11,
+    "bias": "1NTS",
+    "scale": 0.5,
+    "softcap": 3.0,
+    "sinks": True,
+}
+
+
+def _everything_at_once(case: AttentionCase) -> attention.Mask:
+    seen = attention.causal(case.key_length - case.query_length) & attention.key_lengths(
+        _ragged(case)
+    )
+    return seen & attention.explicit(_holes(case, "TS")) | attention.window(1, 1)
+
+
+def _segments_cross(case: AttentionCase) -> attention.Mask:
+    return attention.segments(_ids(case, case.query_length), _ids(case, case.key_length))
+
+
+def _ragged(case: AttentionCase) -> Array:
+    """One length for each row, from none of the keys to all of them."""
+    return jnp.asarray(np.linspace(0, case.key_length, case.batch, dtype=np.int32))
+
+
+def _ids(case: AttentionCase, length: int) -> Array:
+    """Segments of three lengths, different in each row."""
+    return jnp.asarray((np.arange(length)[None] + 2 * np.arange(case.batch)[:, None]) // 5)
+
+
+def _holes(case: AttentionCase, axes: str) -> Array:
+    """Booleans at random, with nothing at all for the last query."""
+    sizes = {"B": case.batch, "N": case.num_heads, "T": case.query_length, "S": case.key_length}
+    holes = np.random.default_rng(7).random([sizes[axis] for axis in axes]) < 0.5
+    holes[..., -1, :] = False
+    return jnp.asarray(holes)

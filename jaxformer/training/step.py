@@ -1,0 +1,201 @@
+"""One pure training step, and its two ways onto many devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxformer.training.state import TrainState
+from jaxformer.typing import Array, DTypeLike, Key, PyTree
+
+Metrics = dict[str, Array]
+Batch = PyTree
+LossFn = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Metrics]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class PureStep(Protocol):
+    """What `make_train_step` returns."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, *, axis: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one step; `axis` is the mapped axis that the batch is split over, if any."""
+        ...
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> PureStep:
+    """Makes a pure function from a state and a batch to the next state and the step's metrics.
+
+    The key that `loss_fn` is given is folded from the state's key and the step, so a step depends
+    on nothing but its arguments. The metrics are those of `loss_fn` with `loss` and `grad_norm`,
+    the norm of the whole gradient before any clipping.
+
+    Args:
+        loss_fn: Takes parameters, batch and key; returns the mean loss over the batch and a
+            dictionary of further scalars that are means as well.
+        optimizer: Any optax transformation, such as those of `training.optimizers`.
+        accumulate: Parts that the batch is cut into, whose gradients are averaged one after the
+            other: the gradient of the whole batch with the memory of a part.
+        ema_decay: Share of the old average that stays at each step, less in the first steps; needs
+            a state created with `ema=True`.
+        compute_dtype: What the parameters are cast to for `loss_fn`; the state and the optimizer
+            stay in float32.
+
+    Raises:
+        ValueError: If `accumulate` is not positive; when called, if it does not divide the batch
+            or if the state has no average to update.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be positive, got {accumulate}.")
+
+    def loss_in_compute_dtype(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        return loss_fn(cast_floats(params, compute_dtype), batch, key)
+
+    grad_fn = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)
+
+    def step(
+        state: TrainState, batch: Batch, *, axis: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        if (ema_decay is None) != (state.ema is None):
+            raise ValueError("ema_decay and a state created with ema=True need each other.")
+        key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        if accumulate == 1:
+            (loss, metrics), grads = grad_fn(state.params, batch, key)
+        else:
+            (loss, metrics), grads = _accumulate(grad_fn, state.params, batch, key, accumulate)
+        metrics = {**metrics, "loss": loss}
+        if axis is not None:
+            grads, metrics = lax.pmean((grads, metrics), axis)
+        metrics["grad_norm"] = optax.global_norm(grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+        return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
+
+    return step
+
+
+def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -> Step:
+    """Compiles a step for a mesh: the batch is split over its axis `data`, the state follows.
+
+    The old state's memory is given to the new one, so keep no reference to it.
+
+    Args:
+        step: From `make_train_step`.
+        mesh: Devices, with an axis named `data`.
+        state_sharding: Sharding of each leaf of the state; everything on every device if None.
+
+    Returns:
+        A function of state and batch. The batch may be of NumPy arrays, of which each process
+        gives its own rows, or of arrays from `place`.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    sharding = replicated if state_sharding is None else state_sharding
+    compiled = jax.jit(
+        step,
+        in_shardings=(sharding, NamedSharding(mesh, PartitionSpec("data"))),
+        out_shardings=(sharding, replicated),
+        donate_argnums=0,
+    )
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return compiled(state, place(batch, mesh))
+
+    return run
+
+
+def pmap_step(step: PureStep) -> Step:
+    """Compiles a step for all local devices with `pmap`: the same numbers as `jit_step`.
+
+    Random numbers inside `loss_fn` differ: each device draws its own.
+
+    Args:
+        step: From `make_train_step`.
+
+    Returns:
+        A function of state and a batch of NumPy arrays.
+    """
+    mapped = jax.pmap(
+        functools.partial(step, axis="data"), "data", in_axes=(None, 0), out_axes=None
+    )
+    count = jax.local_device_count()
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return mapped(state, jax.tree.map(lambda x: _split(x, count, "devices"), batch))
+
+    return run
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """Puts a batch on the devices of a mesh, split over its axis `data`.
+
+    Raises:
+        ValueError: If the axis does not divide the batch.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    share = max(1, mesh.shape["data"] // jax.process_count())
+
+    def put(x: Any) -> Array:
+        if isinstance(x, jax.Array):
+            return x
+        if x.shape[0] % share:
+            raise ValueError(f"a batch of B={x.shape[0]} does not split over data={share} devices.")
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batch)
+
+
+def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """Casts the floating-point leaves of a tree and leaves the others alone."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def _accumulate(
+    grad_fn: Callable[..., Any], params: PyTree, batch: Batch, key: Array, parts: int
+) -> Any:
+    """Averages values and gradients over the parts of a batch, of which one is in memory at a time.
+
+    Part i takes every row whose index is i modulo `parts`: of a batch that is split over devices,
+    each then keeps its own rows.
+    """
+    split = jax.tree.map(lambda x: _split(x, x.shape[0] // parts, "rows").swapaxes(0, 1), batch)
+    if any(x.shape[0] != parts for x in jax.tree.leaves(split)):
+        sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
+        raise ValueError(f"accumulate={parts} does not divide a batch of B={sizes}.")
+
+    def one(i: Array) -> Any:
+        return grad_fn(params, jax.tree.map(lambda x: x[i], split), jax.random.fold_in(key, i))
+
+    def add(total: Any, i: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(i)), None
+
+    total, _ = lax.scan(add, one(jnp.array(0)), jnp.arange(1, parts))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _split(x: Any, count: int, what: str) -> Any:
+    if count < 1 or x.shape[0] % count:
+        raise ValueError(f"a batch of B={x.shape[0]} does not split into {count} {what}.")
+    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
