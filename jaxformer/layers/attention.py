@@ -34,7 +34,11 @@ class KVCache(NamedTuple):
         return cls(zeros, zeros, jnp.zeros((), jnp.int32))
 
     def append(self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]) -> "KVCache":
-        """Writes T more tokens; past the end everything becomes NaN, since tracing cannot raise."""
+        """Writes T more tokens; past the end it writes NaN, since tracing cannot raise.
+
+        Raises:
+            ValueError: If T exceeds S.
+        """
         count, size = keys.shape[1], self.keys.shape[2]
         if count > size:
             raise ValueError(f"the cache has room for S={size} tokens, not for T={count}.")
@@ -96,7 +100,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: The stream.
-            mask: Who may look; all at all if None, or with a cache, each at its past.
+            mask: Who may look; all at all if None, or with a cache, each at its past. With a cache
+                it is of T new tokens at all S places, and must hide those not written yet.
             positions: Place of each token for `rotate`; counted on from the cache's length, or 0.
             bias: Added to the logits; broadcasts to B N T S.
             cache: Keys and values of what came before; with it the new cache is returned too.
@@ -104,11 +109,7 @@ class SelfAttention(nn.Module):
         Raises:
             ValueError: If D, N and K do not divide as they should.
         """
-        heads = self.num_heads
-        kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
-        channels = _head_dim(x, heads, self.head_dim)
-        if heads % kv_heads:
-            raise ValueError(f"N={heads} is not a multiple of K={kv_heads}.")
+        heads, kv_heads, channels = _sizes(self, x.shape[-1])
         total = heads + 2 * kv_heads
         fused = Dense(total * channels, self.use_bias, project=self.project, name="qkv")(x)
         fused = fused.reshape(*x.shape[:2], total, channels)
@@ -167,11 +168,7 @@ class CrossAttention(nn.Module):
         Raises:
             ValueError: If D, N and K do not divide as they should.
         """
-        heads = self.num_heads
-        kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
-        channels = _head_dim(x, heads, self.head_dim)
-        if heads % kv_heads:
-            raise ValueError(f"N={heads} is not a multiple of K={kv_heads}.")
+        heads, kv_heads, channels = _sizes(self, x.shape[-1])
         q = Dense(heads * channels, self.use_bias, project=self.project, name="q")(x)
         kv = Dense(2 * kv_heads * channels, self.use_bias, project=self.project, name="kv")(context)
         q = q.reshape(*x.shape[:2], heads, channels)
@@ -182,9 +179,14 @@ class CrossAttention(nn.Module):
         return Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="out")(y)
 
 
-def _head_dim(x: Array, num_heads: int, head_dim: int | None) -> int:
-    if head_dim is not None:
-        return head_dim
-    if x.shape[-1] % num_heads:
-        raise ValueError(f"D={x.shape[-1]} is not a multiple of N={num_heads}.")
-    return x.shape[-1] // num_heads
+def _sizes(layer: SelfAttention | CrossAttention, width: int) -> tuple[int, int, int]:
+    """N, K and H, checked."""
+    heads = layer.num_heads
+    kv_heads = heads if layer.num_kv_heads is None else layer.num_kv_heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"N={heads} is not a positive multiple of K={kv_heads}.")
+    if layer.head_dim is not None:
+        return heads, kv_heads, layer.head_dim
+    if width % heads:
+        raise ValueError(f"D={width} is not a multiple of N={heads}.")
+    return heads, kv_heads, width // heads

@@ -22,7 +22,8 @@ class PreNorm(nn.Module):
         inner: Makes f.
         norm: Makes the norm.
         dropout: Share of the branch's numbers set to 0 in training.
-        drop_path: Probability that a sample's whole branch is left out in training, times `depth`.
+        drop_path: Probability that a sample's whole branch is left out in training, times `depth`;
+            the branches that stay are scaled up, so that the expected stream is the same.
         scale_init: First value of a learned scale of each channel of the branch; None for none.
 
     References:
@@ -56,7 +57,12 @@ class PreNorm(nn.Module):
 
         Returns:
             The stream, or if f returns a pair, the stream and the second of the pair.
+
+        Raises:
+            ValueError: If `drop_path` does not lie in [0, 1).
         """
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}.")
         result = self.inner(name="inner")(self.before(x), *args, **kwargs)
         y, *extra = result if isinstance(result, tuple) else (result,)
         y = self.after(x, self.branch(y, train, depth))
@@ -83,7 +89,7 @@ class PreNorm(nn.Module):
             keep = 1.0 - self.drop_path * jnp.asarray(depth, jnp.float32)
             shape = y.shape[:1] + (1,) * (y.ndim - 1)
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-            y = jnp.where(kept, y / keep.astype(y.dtype), 0.0).astype(y.dtype)
+            y = jnp.where(kept, y / keep, 0.0).astype(y.dtype)
         return y
 
 

@@ -27,6 +27,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Looks the tokens up; one outside 0..V-1 becomes NaN, which cannot pass unnoticed."""
+        tokens = jnp.where(tokens < 0, self.vocab_size, tokens)  # else -1 would mean the last row
         return jnp.take(self.table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -84,6 +85,7 @@ class NeighbourEmbed(nn.Module):
 
         Args:
             tokens: The whole sequence so far; what comes after the positions asked for is ignored.
+                A neighbour outside 0..V-1 becomes NaN, which cannot pass unnoticed.
             first: First position to embed.
             count: T; all of S if None.
 
@@ -103,8 +105,11 @@ class NeighbourEmbed(nn.Module):
         place = cell + (rows * self.columns + columns)[None]  # of the neighbour, among the cells
         known = (place >= 0) & (column >= 0) & (column < self.columns)
         neighbours = jnp.take(tokens, jnp.where(known, place + 1, 0), axis=1)
+        unheard = known[None] & ((neighbours < 0) | (neighbours >= self.vocab_size))
         neighbours = jnp.where(known[None], neighbours, self.vocab_size)
 
         one_hot = jax.nn.one_hot(neighbours, self.vocab_size + 1, dtype=table.dtype)
         flat = one_hot.reshape(tokens.shape[0], count, -1)
-        return flat @ table.reshape(-1, self.width)
+        return jnp.where(
+            unheard.any(-1, keepdims=True), jnp.nan, flat @ table.reshape(-1, self.width)
+        )

@@ -18,7 +18,8 @@ class Stack(nn.Module):
 
     Scanning keeps compile time and program size the same at any depth. Unrolled, a short stack is
     faster on CPU, where XLA runs the body of a loop on one thread. `stack_parameters` and
-    `unstack_parameters` turn the parameters of one form into those of the other.
+    `unstack_parameters` turn the parameters of one form into those of the other. The `depth` that
+    blocks are told runs from 0 to 1; an only block is told 1.
 
     Attributes:
         block: Makes a block, called with the arguments of `layers.block.Block`.
@@ -48,7 +49,12 @@ class Stack(nn.Module):
             x: The stream.
             *args: Passed on to every block, as are other keywords.
             cache: From `empty_cache`; with it the new cache is returned too.
+
+        Raises:
+            ValueError: If the cache is that of another number of layers, or of the other form.
         """
+        if cache is not None:
+            _check_cache(cache, self.num_layers, self.scan)
 
         def body(block: nn.Module, x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
             depth, cache = layer
@@ -57,7 +63,7 @@ class Stack(nn.Module):
 
         if self.remat:
             body = nn.remat(body, prevent_cse=not self.scan, policy=self.policy)
-        depths = np.linspace(0.0, 1.0, self.num_layers, dtype=np.float32)
+        depths = np.linspace(1.0, 0.0, self.num_layers, dtype=np.float32)[::-1]
         if self.scan:
             scanned = nn.scan(
                 body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}
@@ -66,7 +72,7 @@ class Stack(nn.Module):
         else:
             each = [None] * self.num_layers if cache is None else cache
             new = []
-            for i, layer in enumerate(zip(depths, each)):
+            for i, layer in enumerate(zip(depths.tolist(), each)):
                 x, updated = body(self.block(name=f"layers_{i}"), x, layer)
                 new.append(updated)
             caches = tuple(new)
@@ -113,3 +119,13 @@ def unstack_parameters(parameters: PyTree) -> PyTree:
     stacked = parameters["layers"]
     count = jax.tree.leaves(stacked)[0].shape[0]
     return {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
+
+
+def _check_cache(cache: PyTree[KVCache], num_layers: int, scan: bool) -> None:
+    stacked = isinstance(cache, KVCache)
+    count = cache.length.size if stacked else len(cache)
+    if stacked != scan or count != num_layers:
+        raise ValueError(
+            f"a stack with {num_layers=} and {scan=} was given the cache of one with "
+            f"num_layers={count} and scan={stacked}."
+        )

@@ -43,7 +43,8 @@ class Decoder(nn.Module):
         Args:
             tokens: The text, or with a cache, what comes after the text so far.
             cache: From `empty_cache`; with it the new cache is returned too.
-            mask: Narrows who may look, besides causality: segments, windows, key lengths.
+            mask: Narrows who may look, besides causality: segments, windows, key lengths. With a
+                cache it is of the T new tokens at all places of the cache.
             train: Turns dropout on; needs an rng named "dropout".
         """
         causal = attention.causal(0 if cache is None else cached_length(cache))

@@ -19,7 +19,7 @@ from jaxformer.layers.mlp import MLP
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.layers.stack import Stack
 from jaxformer.ops import activations, attention, linear, patches
-from jaxformer.typing import Array, DTypeLike, Float, Int, PyTree
+from jaxformer.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
 _NEAR = tuple((row, column) for row in (-2, -1) for column in (-2, -1, 0, 1, 2))
 
@@ -55,6 +55,11 @@ class ImageGPTConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("side", "patch", "num_classes", "width", "num_layers", "num_heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.side % self.patch:
             raise ValueError(f"side={self.side} is not a multiple of patch={self.patch}.")
         if self.width % self.num_heads:
@@ -67,7 +72,7 @@ class ImageGPTConfig:
 
     @classmethod
     def mnist_large(cls) -> "ImageGPTConfig":
-        """A model for full MNIST on one accelerator: 19 M parameters."""
+        """A model for full MNIST on one accelerator: 18 M parameters."""
         return cls(width=384, num_layers=10, num_heads=6, hidden=1536, dropout=0.1, scan=True)
 
     @property
@@ -154,16 +159,22 @@ class ImageGPT(nn.Module):
             cache: From `empty_cache`; with it the new cache is returned too.
             train: Turns dropout on; needs an rng named "dropout".
 
+        Returns:
+            Logits in float32; NaN after a token that cannot be at its place, and for those past
+            the end of the picture.
+
         Raises:
-            ValueError: If the sequence is longer than the picture.
+            ValueError: If T exceeds the cells of the picture.
         """
+        count = tokens.shape[1]
+        if count > self.config.cells:
+            raise ValueError(f"T={count} exceeds the {self.config.cells} cells.")
         if cache is None:
-            if tokens.shape[1] > self.config.cells:
-                raise ValueError(f"T={tokens.shape[1]} exceeds the {self.config.cells} cells.")
             return self._logits(self.blocks(self._embed(tokens), attention.causal(), train=train))
 
-        start, count = cached_length(cache.blocks), tokens.shape[1]
-        sequence = lax.dynamic_update_slice(cache.tokens, tokens, (0, start))
+        start = cached_length(cache.blocks)
+        new = tokens.astype(cache.tokens.dtype)
+        sequence = lax.dynamic_update_slice(cache.tokens, new, (0, start))
         x = self._embed(sequence, start, count)
         x, blocks = self.blocks(x, attention.causal(start), cache=cache.blocks, train=train)
         return self._logits(x), Cache(sequence, blocks)
@@ -185,17 +196,29 @@ class ImageGPT(nn.Module):
         return Cache(jnp.zeros((batch, config.cells), jnp.int32), blocks)
 
 
-def to_tokens(images: Int[Array, "B side side"], config: ImageGPTConfig) -> Int[Array, "B P"]:
-    """Reads binary pictures as cells, row by row; the first pixel of a patch is its highest bit."""
+def to_tokens(
+    images: Int[Array, "B side side"] | Bool[Array, "B side side"], config: ImageGPTConfig
+) -> Int[Array, "B P"]:
+    """Reads binary pictures as cells, row by row; the first pixel of a patch is its highest bit.
+
+    Raises:
+        ValueError: If the pictures have another size than the config's.
+    """
+    if images.shape[1:] != (config.side, config.side):
+        raise ValueError(f"pictures of {images.shape[1:]} pixels, expected side={config.side}.")
     cells = patches.patchify(images[..., None], (config.patch, config.patch))
     return patches.bits_to_tokens(cells)
 
 
 def to_images(cells: Int[Array, "B P"], config: ImageGPTConfig) -> Int[Array, "B side side"]:
-    """Draws cells as binary pictures: the exact inverse of `to_tokens`."""
+    """Draws cells as binary pictures: the exact inverse of `to_tokens`.
+
+    Raises:
+        ValueError: If there are more or fewer cells than the config's picture has.
+    """
     bits = patches.tokens_to_bits(cells, config.patch**2)
     size, patch = (config.side, config.side), (config.patch, config.patch)
-    return patches.unpatchify(bits, patch, size)[..., 0]
+    return patches.unpatchify(bits, patch, size)[..., 0].astype(jnp.int32)
 
 
 def with_class(

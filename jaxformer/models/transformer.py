@@ -1,4 +1,4 @@
-"""What the decoder, encoder and encoder-decoder skeletons share: sizes, and the block they imply."""
+"""What the three skeletons share: their sizes, and the block that follows from them."""
 
 import dataclasses
 import functools

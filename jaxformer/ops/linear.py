@@ -7,7 +7,7 @@ from jaxformer.typing import Array, Float
 
 
 def project(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """Multiplies the last axis of `x` by `kernel`; the plain form, differentiable any number of times."""
+    """Multiplies the last axis of `x` by `kernel`: the plain form."""
     return x @ kernel
 
 
@@ -38,7 +38,7 @@ def _backward(saved, gradient):
         for_kernel = jnp.einsum("ri,ro->io", rows, columns)
     else:
         for_kernel = jnp.einsum("ro,ri->oi", columns, rows).T
-    return gradient @ kernel.T, for_kernel.astype(kernel.dtype)
+    return (gradient @ kernel.T).astype(x.dtype), for_kernel.astype(kernel.dtype)
 
 
 project_input_first.defvjp(_forward, _backward)

@@ -1,10 +1,10 @@
 """Devices: naming their axes, simulating several on a CPU, and keeping a CPU's memory warm."""
 
 import ctypes
+import math
 import os
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 
@@ -25,26 +25,33 @@ def parse(spec: str) -> dict[str, int]:
     return axes
 
 
-def make(spec: str | None = None) -> Mesh:
+def make(spec: str | None = None, *, batch: int | None = None) -> Mesh:
     """Makes a mesh as `spec` says, or if None of all devices along one axis named `data`.
 
     On a CPU each device is simulated by one thread, of which there are as many as `spec` wants, or
     as the process may use cores: two devices of one thread each train faster than one of two. Their
     number is settled when JAX first touches a device, so this comes before everything else.
 
+    Args:
+        spec: Sizes of named axes, as `parse` reads them.
+        batch: Rows that are to be split: without a `spec`, a single process leaves out as many
+            devices as it takes to divide them.
+
     Raises:
-        ValueError: If `spec` cannot be read, or wants more devices than there are.
+        ValueError: If `spec` cannot be read, wants more devices than there are, or leaves some out
+            although several processes share them.
     """
     axes = None if spec is None else parse(spec)
-    wanted = usable_cores() if axes is None else int(np.prod(list(axes.values())))
-    _simulate(wanted)
+    _simulate(usable_cores() if axes is None else math.prod(axes.values()))
     devices = jax.devices()
-    axes = {"data": len(devices)} if axes is None else axes
-    if wanted > len(devices) and spec is not None:
-        raise ValueError(
-            f"the mesh {spec} wants {wanted} devices, but there are {len(devices)}: {devices}."
-        )
-    count = int(np.prod(list(axes.values())))
+    if axes is None:
+        count = len(devices)
+        if batch is not None and jax.process_count() == 1:
+            count = max(n for n in range(1, count + 1) if batch % n == 0)
+        axes = {"data": count}
+    count = math.prod(axes.values())
+    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
+        raise ValueError(f"the mesh {spec} is of {count} devices, there are {len(devices)}.")
     auto = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(
         tuple(axes.values()), tuple(axes), axis_types=auto, devices=devices[:count]

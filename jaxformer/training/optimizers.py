@@ -1,4 +1,10 @@
-"""Recipes: gradient clipping, AdamW or Muon with weight decay on matrices, and a schedule."""
+"""Recipes: gradient clipping, AdamW or Muon with weight decay on matrices, and a schedule.
+
+A stack of blocks that is scanned keeps the parameters of all its layers in one leaf, with a leading
+axis, below a module named `layers`; a leaf there counts as a matrix if each layer's part is one.
+"""
+
+from typing import Any
 
 import jax
 import optax
@@ -11,8 +17,10 @@ def warmup_cosine(
 ) -> optax.Schedule:
     """Rises linearly to `peak` over `warmup` steps and falls along a cosine to `final * peak`.
 
+    It starts at `peak / warmup`, so that no step is lost, and stays at the end after `steps`.
+
     Raises:
-        ValueError: If the warm-up is longer than all of the `steps`.
+        ValueError: If `warmup` is negative or leaves nothing of `steps`.
 
     References:
         Loshchilov and Hutter 2017, "SGDR", eq. 5. https://arxiv.org/abs/1608.03983
@@ -57,48 +65,66 @@ def muon(
     b2: float = 0.95,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clips, then Muon for the hidden kernels and AdamW for everything else.
+    """Clips, then Muon for the hidden kernels and AdamW for everything else, both with Nesterov.
 
     A hidden kernel is a leaf named `kernel` below a module named `layers` or `layers_…`: the
     matrices of a stack of blocks, whose own leading axis, where it is scanned, is a batch of
     matrices. Embeddings, heads, norms and biases are AdamW's.
 
     Args:
-        learning_rate: Muon's; an update's singular values are near 1, times √max(1, O/I).
+        learning_rate: Muon's; an update's singular values are near 1 (0.7 to 1.2), times
+            √max(1, O/I) for a kernel of I × O.
         adam_learning_rate: AdamW's.
-        weight_decay: On the hidden kernels, and on the other matrices.
+        weight_decay: On the hidden kernels, and on the other matrices; vectors do not decay.
         b1: AdamW's first decay.
         b2: AdamW's second decay.
         clip_norm: Largest norm of the whole gradient.
 
     References:
         Jordan et al. 2024, "Muon". https://kellerjordan.github.io/posts/muon/
+        Dozat 2016, "Incorporating Nesterov momentum into Adam".
+        https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
     """
+    hidden = optax.contrib.muon(
+        learning_rate, weight_decay=weight_decay, muon_weight_dimension_numbers=_dimensions
+    )
+    other = optax.adamw(
+        adam_learning_rate, b1, b2, weight_decay=weight_decay, mask=_matrices, nesterov=True
+    )
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.contrib.muon(
-            learning_rate,
-            weight_decay=weight_decay,
-            adam_b1=b1,
-            adam_b2=b2,
-            adam_weight_decay=weight_decay,
-            adam_learning_rate=adam_learning_rate,
-            muon_weight_dimension_numbers=_hidden_kernels,
-            weight_decay_mask=_matrices,
-        ),
+        optax.partition({"hidden": hidden, "other": other}, _groups),
     )
 
 
 def _matrices(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
 
-def _hidden_kernels(params: PyTree) -> PyTree:
-    def mark(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        names = [str(getattr(part, "key", part)) for part in path]
-        inside = any(name == "layers" or name.startswith("layers_") for name in names)
-        if not inside or names[-1] != "kernel" or x.ndim < 2:
-            return None
-        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+def _groups(params: PyTree) -> PyTree:
+    def group(path: tuple, x: Any) -> str:
+        return "hidden" if _is_hidden_kernel(path, x) else "other"
 
-    return jax.tree_util.tree_map_with_path(mark, params)
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def _dimensions(params: PyTree) -> PyTree:
+    def dimensions(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        kernel = _is_hidden_kernel(path, x)
+        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if kernel else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _is_hidden_kernel(path: tuple, x: Any) -> bool:
+    names = _names(path)
+    inside = any(name == "layers" or name.startswith("layers_") for name in names)
+    return inside and names[-1] == "kernel" and _is_matrix(path, x)
+
+
+def _is_matrix(path: tuple, x: Any) -> bool:
+    return x.ndim - ("layers" in _names(path)) > 1
+
+
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(part, "key", part)) for part in path]

@@ -1,8 +1,8 @@
 """One pure training step, and its two ways onto many devices."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ LossFn = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Metrics]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
+@runtime_checkable
 class PureStep(Protocol):
     """What `make_train_step` returns."""
 
@@ -41,8 +42,9 @@ def make_train_step(
     """Makes a pure function from a state and a batch to the next state and the step's metrics.
 
     The key that `loss_fn` is given is folded from the state's key and the step, so a step depends
-    on nothing but its arguments. The metrics are those of `loss_fn` with `loss` and `grad_norm`,
-    the norm of the whole gradient before any clipping.
+    on nothing but its arguments. The metrics are those of `loss_fn` with `loss`, `grad_norm` (of
+    the whole gradient, before any clipping) and `param_norm` (of the new parameters): where these
+    are finite, so is the new state.
 
     Args:
         loss_fn: Takes parameters, batch and key; returns the mean loss over the batch and a
@@ -50,17 +52,19 @@ def make_train_step(
         optimizer: Any optax transformation, such as those of `training.optimizers`.
         accumulate: Parts that the batch is cut into, whose gradients are averaged one after the
             other: the gradient of the whole batch with the memory of a part.
-        ema_decay: Share of the old average that stays at each step, less in the first steps; needs
-            a state created with `ema=True`.
+        ema_decay: Share of the old average that stays at each step, (1 + step) / (10 + step) where
+            that is less; needs a state created with `ema=True`.
         compute_dtype: What the parameters are cast to for `loss_fn`; the state and the optimizer
             stay in float32.
 
     Raises:
-        ValueError: If `accumulate` is not positive; when called, if it does not divide the batch
-            or if the state has no average to update.
+        ValueError: If `accumulate` is not positive or `ema_decay` outside [0, 1); when called, if
+            `accumulate` does not divide the batch, or if only one of state and step has an average.
     """
     if accumulate < 1:
-        raise ValueError(f"accumulate must be positive, got {accumulate}.")
+        raise ValueError(f"accumulate must be positive, got accumulate={accumulate}.")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got ema_decay={ema_decay}.")
 
     def loss_in_compute_dtype(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         return loss_fn(cast_floats(params, compute_dtype), batch, key)
@@ -86,13 +90,23 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+        metrics["param_norm"] = optax.global_norm(params)
+        ema = None if ema_decay is None else _average(state.ema, params, state.step, ema_decay)
         return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
     return step
+
+
+def jitted(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -> jax.stages.Wrapped:
+    """What `jit_step` calls, for batches from `place`; or to be lowered and inspected by itself."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    sharding = replicated if state_sharding is None else state_sharding
+    return jax.jit(
+        step,
+        in_shardings=(sharding, NamedSharding(mesh, PartitionSpec("data"))),
+        out_shardings=(sharding, replicated),
+        donate_argnums=0,
+    )
 
 
 def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -> Step:
@@ -107,16 +121,9 @@ def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -
 
     Returns:
         A function of state and batch. The batch may be of NumPy arrays, of which each process
-        gives its own rows, or of arrays from `place`.
+        gives its own rows, or of arrays from `place`, whose errors it raises.
     """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    sharding = replicated if state_sharding is None else state_sharding
-    compiled = jax.jit(
-        step,
-        in_shardings=(sharding, NamedSharding(mesh, PartitionSpec("data"))),
-        out_shardings=(sharding, replicated),
-        donate_argnums=0,
-    )
+    compiled = jitted(step, mesh, state_sharding)
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return compiled(state, place(batch, mesh))
@@ -124,24 +131,36 @@ def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -
     return run
 
 
-def pmap_step(step: PureStep) -> Step:
-    """Compiles a step for all local devices with `pmap`: the same numbers as `jit_step`.
+def pmap_step(step: PureStep, devices: Sequence[jax.Device] | None = None) -> Step:
+    """Compiles a step for many devices with `pmap`: the same numbers as `jit_step`.
 
-    Random numbers inside `loss_fn` differ: each device draws its own.
+    Random numbers inside `loss_fn` differ: each device draws its own. With gradient accumulation
+    each device's share of the batch is what is cut into parts.
 
     Args:
         step: From `make_train_step`.
+        devices: Of all processes; all there are if None.
 
     Returns:
-        A function of state and a batch of NumPy arrays.
+        A function of state and a batch of NumPy arrays, of which each process gives its own rows.
+        It raises ValueError if the devices do not divide the batch.
     """
+    devices = jax.devices() if devices is None else list(devices)
+    count = sum(device.process_index == jax.process_index() for device in devices)
     mapped = jax.pmap(
-        functools.partial(step, axis="data"), "data", in_axes=(None, 0), out_axes=None
+        functools.partial(step, axis="data"),
+        "data",
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=devices,
     )
-    count = jax.local_device_count()
+
+    def split(x: Any) -> Any:
+        _require_divisible(x, count)
+        return x.reshape(count, -1, *x.shape[1:])
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return mapped(state, jax.tree.map(lambda x: _split(x, count, "devices"), batch))
+        return mapped(state, jax.tree.map(split, batch))
 
     return run
 
@@ -149,17 +168,23 @@ def pmap_step(step: PureStep) -> Step:
 def place(batch: Batch, mesh: Mesh) -> Batch:
     """Puts a batch on the devices of a mesh, split over its axis `data`.
 
+    Args:
+        batch: NumPy arrays, of which each process of the mesh gives its own rows, as many as the
+            others. Arrays of JAX stay as they are.
+        mesh: Devices, with an axis named `data`.
+
     Raises:
-        ValueError: If the axis does not divide the batch.
+        ValueError: If the axis does not divide the batch, or processes do not divide the axis.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    share = max(1, mesh.shape["data"] // jax.process_count())
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if mesh.shape["data"] % processes:
+        raise ValueError(f"data={mesh.shape['data']} does not split over {processes} processes.")
 
     def put(x: Any) -> Array:
         if isinstance(x, jax.Array):
             return x
-        if x.shape[0] % share:
-            raise ValueError(f"a batch of B={x.shape[0]} does not split over data={share} devices.")
+        _require_divisible(x, mesh.shape["data"] // processes)
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(put, batch)
@@ -180,10 +205,10 @@ def _accumulate(
     Part i takes every row whose index is i modulo `parts`: of a batch that is split over devices,
     each then keeps its own rows.
     """
-    split = jax.tree.map(lambda x: _split(x, x.shape[0] // parts, "rows").swapaxes(0, 1), batch)
-    if any(x.shape[0] != parts for x in jax.tree.leaves(split)):
-        sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
-        raise ValueError(f"accumulate={parts} does not divide a batch of B={sizes}.")
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % parts:
+            raise ValueError(f"accumulate={parts} does not divide a batch of B={x.shape[0]}.")
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(i: Array) -> Any:
         return grad_fn(params, jax.tree.map(lambda x: x[i], split), jax.random.fold_in(key, i))
@@ -195,7 +220,11 @@ def _accumulate(
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def _split(x: Any, count: int, what: str) -> Any:
-    if count < 1 or x.shape[0] % count:
-        raise ValueError(f"a batch of B={x.shape[0]} does not split into {count} {what}.")
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+def _average(old: PyTree, new: PyTree, step: Array, decay: float) -> PyTree:
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), old, new)
+
+
+def _require_divisible(x: Any, devices: int) -> None:
+    if x.shape[0] % devices:
+        raise ValueError(f"a batch of B={x.shape[0]} does not split over data={devices} devices.")

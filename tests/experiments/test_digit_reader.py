@@ -70,5 +70,5 @@ def test_slanting_a_vertical_line_makes_a_slope():
     line = jnp.zeros((1, 28, 28)).at[..., 13:15].set(1.0)
     quarter = jnp.full((1, 1, 1), 0.25)
     slope = digit_reader._resample(line, quarter, 0 * quarter, 0 * quarter)[0]
-    centre = (slope * jnp.arange(28)).sum(-1) / slope.sum(-1)
+    centre = (slope * jnp.arange(28)[None]).sum(-1) / slope.sum(-1)
     np.testing.assert_allclose(jnp.diff(centre), -0.25, atol=0.01)

@@ -3,7 +3,8 @@
 Dense attention on a CPU is bound by passes over the T×S weights and by XLA's transposes around the
 products. Here the channels of keys and values come before their positions, so that no product needs
 a transpose of anything as large as the weights; each block of queries stops at its last key, which
-saves almost half of the work; and the backward pass reuses the stored weights.
+saves a quarter of the work with two blocks and at most half with many; and the backward pass reuses
+the stored weights.
 """
 
 import functools
@@ -11,26 +12,28 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxformer.ops.attention.dense import check_arguments
 from jaxformer.ops.attention.masks import Mask, causal
 from jaxformer.typing import Array, Float
 
 
 def attend_causal(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     mask: Mask | None = None,
     *,
     bias: None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     softcap: None = None,
     sinks: None = None,
     num_blocks: int = 2,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Mixes the values of each position's past, like `attend` with the mask `causal()`.
 
-    Softmax and products run in float32. Memory is that of half of the weights, B·N·T²/2 floats, for
-    the backward pass; for long sequences that is too much. Has no forward mode.
+    Softmax and products run in float32 (float64 if `q` is), the result has the dtype of `q`. The
+    backward pass keeps the weights that the blocks compute, three quarters of B·N·T² floats with
+    two blocks: for long sequences that is too much. Has no forward mode.
 
     Args:
         q: Queries; N must be a multiple of K.
@@ -44,27 +47,30 @@ def attend_causal(
         num_blocks: Query blocks; two to four are best, more save work but make smaller products.
 
     Raises:
-        NotImplementedError: For another mask, or anything not supported.
-        ValueError: If the shapes do not fit together.
+        NotImplementedError: For another mask, keys of other positions (S is not T), or anything
+            not supported.
+        ValueError: If the shapes do not fit together, or there is nothing to cut into blocks.
     """
     if mask != causal():
         raise NotImplementedError(f"attend_causal honours the mask causal() alone, got {mask}.")
     for name, value in (("bias", bias), ("softcap", softcap), ("sinks", sinks)):
         if value is not None:
             raise NotImplementedError(f"attend_causal does not honour {name}.")
+    check_arguments(q, k, v)
     batch, length, heads, channels = q.shape
-    if k.shape != v.shape or k.shape[:2] != (batch, length) or k.shape[3] != channels:
-        raise ValueError(f"attend_causal: q is {q.shape}, k {k.shape}, v {v.shape} (B T heads H).")
-    if heads % k.shape[2]:
-        raise ValueError(f"N={heads} is not a multiple of K={k.shape[2]}.")
+    if k.shape[1] != length:
+        raise NotImplementedError(f"attend_causal needs S=T, got T={length}, S={k.shape[1]}.")
+    if length < 1 or num_blocks < 1:
+        raise ValueError(f"attend_causal cannot cut T={length} into {num_blocks=}.")
     scale = channels**-0.5 if scale is None else scale
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], channels)
-    queries = (groups.astype(jnp.float32) * scale).transpose(0, 2, 3, 1, 4)  # B K G T H
-    keys = k.astype(jnp.float32).transpose(0, 2, 3, 1)  # B K H S
-    values = v.astype(jnp.float32).transpose(0, 2, 3, 1)
+    queries = (groups.astype(dtype) * scale).transpose(0, 2, 3, 1, 4)  # B K G T H
+    keys = k.astype(dtype).transpose(0, 2, 3, 1)  # B K H S
+    values = v.astype(dtype).transpose(0, 2, 3, 1)
     out = _blocks(num_blocks, queries, keys, values).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,7 +88,7 @@ def _forward(num_blocks: int, queries: Array, keys: Array, values: Array):
         exps = jnp.exp(logits - logits.max(-1, keepdims=True))
         total = exps.sum(-1, keepdims=True)
         out = jnp.einsum("bkts,bkhs->bkth", exps, values[..., :end]) / total
-        outs.append(out.reshape(*shape[:3], end - start, shape[4]))
+        outs.append(out.reshape(*shape[:3], end - start, values.shape[2]))
         weights.append((exps, total))
     out = jnp.concatenate(outs, axis=3)
     return out, (queries, keys, values, out, weights)

@@ -1,0 +1,1 @@
+"""Measurements: numbers are checked against a reference before anything is timed."""

@@ -1,0 +1,54 @@
+"""How every benchmark times and reports."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Times functions in turn, A B A B ..., so that a machine's drift meets all of them alike.
+
+    Args:
+        work: Functions by name; each is called once before anything is timed, and must not return
+            before its work is done.
+        rounds: How often each is timed.
+        repeats: Calls in one timing.
+
+    Returns:
+        Seconds a call, one figure a round.
+    """
+    for function in work.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            began = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            seconds[name].append((time.perf_counter() - began) / repeats)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Summarises timings in milliseconds."""
+    low, middle, high = np.quantile(np.array(seconds) * 1e3, [0.0, 0.5, 1.0])
+    return {"median_ms": round(middle, 3), "min_ms": round(low, 3), "max_ms": round(high, 3)}
+
+
+def report(name: str, figures: Mapping[str, Any], packages: tuple[str, ...] = ()) -> None:
+    """Prints one line of JSON: the figures, the device and the versions they belong to."""
+    device = jax.devices()[0]
+    versions = {package: metadata.version(package) for package in ("jax", "flax", *packages)}
+    where = {
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "python": platform.python_version(),
+    }
+    print(json.dumps({"benchmark": name, **figures, **where, **versions}), flush=True)
