@@ -48,7 +48,7 @@ def ours(config: ImageGPTConfig, params, cells, labels):
 
     def loss(params, batch, key):
         tokens = image_gpt.with_class(batch["labels"], batch["cells"], config)
-        logits = model.apply(params, tokens)
+        logits = jnp.asarray(model.apply(params, tokens))
         return losses.cross_entropy(logits, batch["cells"]).mean(), {}
 
     optimizer = optimizers.adamw(1e-3, clip_norm=1e9)

@@ -1,4 +1,4 @@
-"""Learns handwritten digits token by token, writes new ones of any class, and says what it knows.
+r"""Learns handwritten digits token by token, writes new ones of any class, and says what it knows.
 
     python -m experiments.ar_mnist                                   10 minutes on two CPU cores
     python -m experiments.ar_mnist --steps 1000 --run runs/demo      what `make demo` runs
@@ -14,21 +14,20 @@ with the defaults: at most 57 nats given the class; the README has the table.
 """
 
 import dataclasses
-import json
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from experiments import ar_mnist_report as report
+from experiments import digit_reader
 from jaxformer.models import image_gpt
 from jaxformer.models.image_gpt import ImageGPT, ImageGPTConfig
 from jaxformer.ops import linear, losses
 from jaxformer.ops.attention import blocked
-from jaxformer.training import checkpoint, data, interrupts, mesh, mnist, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, interrupts, mesh, mnist, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step, pmap_step
 
@@ -48,13 +47,15 @@ class Config:
         learning_rate: Peak, for Muon.
         adam_learning_rate: Peak, for AdamW.
         weight_decay: Of all matrices.
+        distort: Strength of the random turns, slants and shifts of training images; 0 for none.
         warmup: Steps to the peak.
         ema: Decay of the average of the parameters that is evaluated.
         accumulate: Parts a batch is cut into, to save memory.
         compute_dtype: Of the model's arithmetic; parameters and optimizer are float32.
         seed: Of everything random.
-        mesh: Devices, such as "data=8"; simulated on a CPU. By default all there are.
+        mesh: Devices, such as "data=8"; simulated on a CPU. By default all that divide the batch.
         step: How the step is spread over devices.
+        distributed: Joins the other processes of a TPU slice or a cluster's job.
         save_every: Steps between checkpoints.
         log_every: Steps between lines.
         profile: Trace steps 10 to 15 into the run folder, for TensorBoard or xprof.
@@ -69,7 +70,8 @@ class Config:
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 0.01
     adam_learning_rate: float = 0.003
-    weight_decay: float = 0.01
+    weight_decay: float = 0.1
+    distort: float = 0.3
     warmup: int = 100
     ema: float = 0.995
     accumulate: int = 1
@@ -77,38 +79,41 @@ class Config:
     seed: int = 0
     mesh: str | None = None
     step: Literal["jit", "pmap"] = "jit"
+    distributed: bool = False
     save_every: int = 500
     log_every: int = 50
     profile: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.mesh is not None:
+            mesh.parse(self.mesh)
+
     def meaning(self) -> dict:
         """The settings that the numbers of a checkpoint depend on."""
-        how = ("run", "data", "mesh", "step", "save_every", "log_every", "profile")
+        how = ("run", "data", "mesh", "step", "distributed", "save_every", "log_every", "profile")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in how}
 
 
 def source(cfg: Config, digits: mnist.Digits) -> data.Source:
-    """Batches of binary images and labels."""
-    arrays = {"images": digits.train_images, "labels": digits.train_labels.astype(np.int32)}
-    if cfg.binarisation == "threshold":
-        arrays["images"], transform = mnist.threshold(digits.train_images), None
-    else:
-
-        def transform(batch: data.Batch, rng: np.random.Generator) -> data.Batch:
-            return {**batch, "images": mnist.dynamic(batch["images"], rng)}
-
-    hosts = (jax.process_index(), jax.process_count())
-    return data.InMemory(arrays, cfg.batch, cfg.seed, *hosts, transform=transform)
+    """Batches of grey images and labels."""
+    arrays = {"images": digits.train_images, "labels": digits.train_labels}
+    return data.InMemory(arrays, cfg.batch, cfg.seed, jax.process_index(), jax.process_count())
 
 
 def make_loss(cfg: Config, model: ImageGPT):
-    """Nats per image, given the class."""
+    """Nats per image, given the class, of distorted and binarised images."""
 
     def loss(params, batch, key):
-        cells = image_gpt.to_tokens(batch["images"].astype(jnp.int32), cfg.model)
+        move, draw, drop = jax.random.split(key, 3)
+        ink = batch["images"].astype(jnp.float32) / 255
+        ink = digit_reader.distort(move, ink, cfg.distort) if cfg.distort else ink
+        level = 0.5 if cfg.binarisation == "threshold" else jax.random.uniform(draw, ink.shape)
+        cells = image_gpt.to_tokens((ink > level).astype(jnp.int32), cfg.model)
         tokens = image_gpt.with_class(batch["labels"], cells, cfg.model)
-        rngs = {"dropout": key}
-        logits = model.apply(params, tokens, train=cfg.model.dropout > 0, rngs=rngs)
+        logits: Any = model.apply(params, tokens, train=True, rngs={"dropout": drop})
         return losses.cross_entropy(logits, cells).sum(-1).mean(), {}
 
     return loss
@@ -137,19 +142,12 @@ def train(cfg: Config, model: ImageGPT, digits: mnist.Digits, devices, record: r
         return TrainState.create(model.init(key, start), optimizer, key, ema=True)
 
     state = create(jax.random.key(cfg.seed))
-    dtype = jnp.dtype(cfg.compute_dtype)
-    pure = make_train_step(
-        make_loss(cfg, model),
-        optimizer,
-        accumulate=cfg.accumulate,
-        ema_decay=cfg.ema,
-        compute_dtype=dtype,
-    )
-    step_fn = jit_step(pure, devices) if cfg.step == "jit" else pmap_step(pure)
+    numbers = {"accumulate": cfg.accumulate, "compute_dtype": cfg.compute_dtype}
+    pure = make_train_step(make_loss(cfg, model), optimizer, ema_decay=cfg.ema, **numbers)
+    step_fn = (jit_step if cfg.step == "jit" else pmap_step)(pure, devices)
     folder = record.folder / "checkpoints"
     with checkpoint.Checkpoints(folder, cfg.meaning()) as saved, interrupts.Interrupts() as stop:
-        restored = saved.restore(state)
-        done = 0
+        restored, done = saved.restore(state), 0
         if restored is not None:
             data.check_position(batches, restored.step, restored.data_position)
             state, done = restored.state, restored.step
@@ -163,51 +161,38 @@ def train(cfg: Config, model: ImageGPT, digits: mnist.Digits, devices, record: r
             if step % cfg.save_every == 0 or step == cfg.steps or stopped:
                 run.check_finite(step, metrics)
                 saved.save(step, state, batches.position(step))
-            if stopped and step < cfg.steps:
-                print(f"{stop.requested} after step {step}: saved; the same command goes on.")
+            if stopped:
+                print(f"Stopped after step {step}: saved; the same command goes on.")
                 return None
     return state
 
 
-def evaluate(cfg: Config, model: ImageGPT, params, digits: mnist.Digits, devices, record: run.Run):
-    """Fills the report, draws the pictures, and prints what was found."""
-    images = report.test_images(digits, cfg.binarisation)
-    scores = report.class_log_likelihoods(model, params, images, devices)
-    prior = np.bincount(digits.train_labels, minlength=10) / len(digits.train_labels)
-    found = {"data": digits.origin, "binarisation": cfg.binarisation, "steps": cfg.steps}
-    found |= {"test_digits": len(images)} | report.knowledge(scores, digits.test_labels, prior)
-
-    writer = ImageGPT(cfg.model)
-    new, classes, speeds = report.written(model, writer, params, 1000, cfg.seed, devices)
-    found |= {"new_digits": len(new)} | speeds
-    found |= report.judged(digits, cfg.binarisation, new, classes)
-    record.report(found)
-    grid = new[:100].reshape(10, 10, 28, 28)
-    pictures.digit_grid(grid, record.folder / "samples.png", row_labels="0123456789")
-    rows = map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())
-    pictures.loss_curve(list(rows), record.folder / "loss.png")
-    for name, value in found.items():
-        print(f"{name:33} {value:.4g}" if isinstance(value, float) else f"{name:33} {value}")
-    print(f"pictures and report: {record.folder}")
-
-
 def main(cfg: Config) -> int:
     """Trains, evaluates, samples; returns the exit status."""
+    if cfg.distributed:
+        jax.distributed.initialize()
     mesh.keep_host_memory()
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, batch=cfg.batch // cfg.accumulate)
     run.enable_compile_cache()
-    checkpoint.preload()
     digits = mnist.load(cfg.data)
-    model = ImageGPT(cfg.model)
+    writer = reader = ImageGPT(cfg.model)
     if jax.default_backend() == "cpu":
-        model = ImageGPT(cfg.model, blocked.attend_causal, linear.project_input_first)
+        reader = ImageGPT(cfg.model, blocked.attend_causal, linear.project_input_first)
     with run.Run(cfg.run) as record:
-        state = train(cfg, model, digits, devices, record)
+        state = train(cfg, reader, digits, devices, record)
         if state is None:
             return 0
-        evaluate(cfg, model, state.best_params, digits, devices, record)
+        figures, new = report.evaluate(
+            reader, writer, state.best_params, digits, cfg.binarisation, cfg.seed, devices
+        )
+        if jax.process_index() == 0:
+            record.report({"data": digits.origin, "steps": cfg.steps} | figures)
+            report.show(record.folder, new)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    try:
+        sys.exit(main(tyro.cli(Config, description=__doc__)))
+    except (run.TrainingDiverged, run.FolderInUse, checkpoint.CheckpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -3,6 +3,9 @@
 Every figure is computed here, from the parameters and the test digits alone.
 """
 
+import functools
+import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,22 +20,67 @@ from jaxformer.generation import decode, samplers
 from jaxformer.models import image_gpt
 from jaxformer.models.image_gpt import ImageGPT
 from jaxformer.ops import losses
-from jaxformer.training import mnist
+from jaxformer.training import mnist, pictures
 from jaxformer.training.step import place
 from jaxformer.typing import Array, Float, Int, PyTree, UInt8
 
 _BATCH = 200
+Ink = Literal["threshold", "dynamic"]
+
+
+def evaluate(
+    reader: ImageGPT,
+    writer: ImageGPT,
+    params: PyTree,
+    digits: mnist.Digits,
+    ink: Ink,
+    seed: int,
+    devices: Mesh,
+) -> tuple[dict[str, Any], UInt8[np.ndarray, "n 28 28"]]:
+    """Computes every figure of the report, and writes 1,000 new digits: ten of a class, in turn.
+
+    Args:
+        reader: The model in its form for whole sequences.
+        writer: The model in a form that takes a cache.
+        params: Of both.
+        digits: The test digits are what is evaluated; the training digits train the judge.
+        ink: The binarisation, which is named beside the figures.
+        seed: Of the new digits.
+        devices: Every process computes the same on its own ones of these.
+    """
+    devices = devices.local_mesh
+    params = jax.device_put(jax.device_get(params), jax.NamedSharding(devices, jax.P()))
+    images = test_images(digits, ink)
+    scores = class_log_likelihoods(reader, params, images, devices)
+    prior = np.bincount(digits.train_labels, minlength=10) / len(digits.train_labels)
+    new, classes, speeds = written(reader, writer, params, 1000, seed, devices)
+    figures = {"binarisation": ink, "test_digits": len(images)}
+    figures |= knowledge(scores, digits.test_labels, prior)
+    figures |= {"new_digits": len(new)} | speeds | judged(digits, ink, new, classes)
+    return figures, new
+
+
+def show(folder: pathlib.Path, new: UInt8[np.ndarray, "n 28 28"]) -> None:
+    """Draws `samples.png` and `loss.png` into the folder of a run, and prints its report."""
+    pictures.digit_grid(
+        new[:100].reshape(10, 10, *new.shape[1:]), folder / "samples.png", row_labels="0123456789"
+    )
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    pictures.loss_curve([json.loads(row) for row in rows], folder / "loss.png")
+    for name, value in json.loads((folder / "report.json").read_text()).items():
+        print(f"{name:33} {value:.4g}" if isinstance(value, float) else f"{name:33} {value}")
+    print(f"pictures and report: {folder}")
 
 
 def class_log_likelihoods(
-    model: ImageGPT, params: PyTree, images: Int[np.ndarray, "n side side"], devices: Mesh
+    model: ImageGPT, params: PyTree, images: UInt8[np.ndarray, "n 28 28"], devices: Mesh
 ) -> Float[np.ndarray, "n classes"]:
     """Computes `log p(image | class)` in nats for every class, one pass each."""
 
     @jax.jit
     def score(params: PyTree, images: Array, classes: Array) -> Array:
         cells = image_gpt.to_tokens(images.astype(jnp.int32), model.config)
-        logits = model.apply(params, image_gpt.with_class(classes, cells, model.config))
+        logits: Any = model.apply(params, image_gpt.with_class(classes, cells, model.config))
         return -losses.cross_entropy(logits, cells).sum(-1)
 
     batch = _BATCH * devices.shape["data"]
@@ -103,7 +151,7 @@ def make_slow_writer(model: ImageGPT) -> Callable[..., Array]:
 
 def written(
     reader: ImageGPT, writer: ImageGPT, params: PyTree, count: int, seed: int, devices: Mesh
-) -> tuple[Int[np.ndarray, "n side side"], Int[np.ndarray, " n"], dict[str, float]]:
+) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.ndarray, " n"], dict[str, float]]:
     """Writes `count` digits, as many of each class, and times it with the cache and without.
 
     Args:
@@ -127,7 +175,8 @@ def written(
     part = writer.config.cells // 7  # every cell takes as long as any other
     _, slow_time = _timed(lambda: slow(params, classes, keys[0], part))
 
-    images = image_gpt.to_images(jnp.concatenate(cells), writer.config)
+    draw = jax.jit(functools.partial(image_gpt.to_images, config=writer.config))
+    images = draw(jnp.concatenate(cells))
     fast_rate = count / fast_time
     slow_rate = len(batch) / slow_time * part / writer.config.cells
     speeds = {
@@ -140,8 +189,8 @@ def written(
 
 def judged(
     digits: mnist.Digits,
-    ink: Literal["threshold", "dynamic"],
-    images: Int[np.ndarray, "n side side"],
+    ink: Ink,
+    images: UInt8[np.ndarray, "n 28 28"],
     classes: Int[np.ndarray, " n"],
 ) -> dict[str, float]:
     """Trains an independent reader and asks it what the new digits are."""
@@ -155,9 +204,7 @@ def judged(
     }
 
 
-def test_images(
-    digits: mnist.Digits, ink: Literal["threshold", "dynamic"]
-) -> UInt8[np.ndarray, "n 28 28"]:
+def test_images(digits: mnist.Digits, ink: Ink) -> UInt8[np.ndarray, "n 28 28"]:
     """The test digits in black and white; where that is drawn, always drawn the same."""
     if ink == "threshold":
         return mnist.threshold(digits.test_images)

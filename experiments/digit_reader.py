@@ -2,14 +2,15 @@
 
     python -m experiments.digit_reader
 
-Three strided convolutions, 110,000 parameters, trained on the 10,000 embedded digits under random
-affine distortion, binarised; what it reads is the mean over a few shifts.
+Three strided convolutions, 76,000 parameters, 2,000 steps on the 10,000 embedded digits. Of the
+2,000 test digits it reads 98.9 and 98.8 % (threshold, seeds 0 and 1), 98.2 % (`--ink dynamic`);
+33 to 51 s on two busy cores with an empty compile cache, 35 s of CPU time in all.
 """
 
 import dataclasses
 import functools
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -89,16 +90,13 @@ def _resample(
 
 def _uneven_threshold(key: Key[Array, ""], images: Float[Array, "B 28 28"]) -> Array:
     """Binarises each image at a level of its own: strokes of all thicknesses."""
-    return _ink(images > jax.random.uniform(key, (len(images), 1, 1), minval=0.25, maxval=0.75))
-
-
-def _ink(images: Shaped[Array, "B 28 28"]) -> Float[Array, "B 28 28"]:
-    return images.astype(jnp.float32)
+    level = jax.random.uniform(key, (len(images), 1, 1), minval=0.25, maxval=0.75)
+    return (images > level).astype(jnp.float32)
 
 
 _BINARISE = {
     "threshold": _uneven_threshold,
-    "dynamic": lambda key, images: _ink(images > jax.random.uniform(key, images.shape)),
+    "dynamic": lambda key, images: jax.random.bernoulli(key, images).astype(jnp.float32),
     "grey": lambda key, images: images,
 }
 
@@ -123,7 +121,7 @@ def train_reader(
         ink: What the images it is to read look like: binarised at half grey, binarised by chance,
             or left grey.
     """
-    images, labels = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+    grey, classes = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
     key = jax.random.key(seed)
     model = Reader()
     params = jax.jit(model.init)(key, jnp.zeros((1, _SIDE, _SIDE)))
@@ -134,11 +132,11 @@ def train_reader(
     def step(state: tuple, number: Int[Array, ""], rows: Int[Array, "B"]) -> tuple:
         params, opt_state = state
         warp, speckle = jax.random.split(jax.random.fold_in(key, number))
-        x = _BINARISE[ink](speckle, distort(warp, images[rows].astype(jnp.float32) / 255))
+        x = _BINARISE[ink](speckle, distort(warp, grey[rows].astype(jnp.float32) / 255))
 
         def loss(params: PyTree) -> Float[Array, ""]:
-            logits = model.apply(params, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+            logits: Any = model.apply(params, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, classes[rows]).mean()
 
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -169,12 +167,10 @@ def read(params: PyTree, images: Shaped[Array | np.ndarray, "B 28 28"]) -> Float
 
 @jax.jit
 def _read(params: PyTree, images: Shaped[Array, "B 28 28"]) -> Float[Array, "B 10"]:
-    x = _ink(images)
+    x = images.astype(jnp.float32)
     shifted = [jnp.roll(x, (i, j), axis=(1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    scores = jax.lax.map(
-        lambda x: jax.nn.log_softmax(Reader().apply(params, x)), jnp.stack(shifted)
-    )
-    return jax.nn.logsumexp(scores, axis=0) - jnp.log(len(shifted))
+    logits: Any = jax.lax.map(lambda x: Reader().apply(params, x), jnp.stack(shifted))
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(shifted))
 
 
 def main(cfg: Config) -> None:

@@ -1,7 +1,7 @@
 """Attention layers: the projections around `ops.attention`, and the key-value cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,7 +10,7 @@ from jax import lax
 from jaxformer.layers.linear import Dense
 from jaxformer.ops import attention, linear
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, DTypeLike, Float, Int, PyTree
+from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
 class KVCache(NamedTuple):
@@ -51,7 +51,11 @@ class KVCache(NamedTuple):
         return KVCache(new_keys, new_values, self.length + count)
 
 
-def cached_length(cache: PyTree[KVCache]) -> Int[Array, ""]:
+# Of a whole stack: one cache whose arrays have a leading axis if it is scanned, else one a block.
+StackCache: TypeAlias = KVCache | tuple[KVCache, ...]
+
+
+def cached_length(cache: StackCache) -> Int[Array, ""]:
     """Counts the tokens in the cache of a stack, whose blocks all hold as many."""
     return cache.length[0] if isinstance(cache, KVCache) else cache[0].length
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache
+from jaxformer.layers.attention import KVCache, StackCache
 from jaxformer.layers.block import Make
 from jaxformer.typing import Array, DTypeLike, Float, PyTree
 
@@ -40,7 +40,7 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         *args: Any,
-        cache: PyTree[KVCache] | None = None,
+        cache: StackCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Passes the stream through all blocks.
@@ -87,7 +87,7 @@ def empty_cache(
     max_length: int,
     head_dim: int,
     dtype: DTypeLike = jnp.float32,
-) -> PyTree[KVCache]:
+) -> StackCache:
     """Makes an empty cache for every block of a Stack; the later sizes are those of one KVCache."""
     one = KVCache.empty(batch, num_kv_heads, max_length, head_dim, dtype)
     if scan:
@@ -121,7 +121,7 @@ def unstack_parameters(parameters: PyTree) -> PyTree:
     return {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
 
 
-def _check_cache(cache: PyTree[KVCache], num_layers: int, scan: bool) -> None:
+def _check_cache(cache: StackCache, num_layers: int, scan: bool) -> None:
     stacked = isinstance(cache, KVCache)
     count = cache.length.size if stacked else len(cache)
     if stacked != scan or count != num_layers:

@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache, cached_length
+from jaxformer.layers.attention import StackCache, cached_length
 from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.models.transformer import TransformerConfig, empty_cache, stack
 from jaxformer.ops import attention
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, DTypeLike, Float, Int, PyTree
+from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
 class Decoder(nn.Module):
@@ -33,11 +33,11 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: PyTree[KVCache] | None = None,
+        cache: StackCache | None = None,
         *,
         mask: Mask | None = None,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], PyTree[KVCache]]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
         """Predicts what follows each token.
 
         Args:
@@ -58,6 +58,6 @@ class Decoder(nn.Module):
     @nn.nowrap
     def empty_cache(
         self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32
-    ) -> PyTree[KVCache]:
+    ) -> StackCache:
         """Makes a cache for `batch` rows of up to `max_length` tokens."""
         return empty_cache(self.config, batch, max_length, dtype)

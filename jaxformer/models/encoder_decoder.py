@@ -2,14 +2,14 @@
 
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache, cached_length
+from jaxformer.layers.attention import StackCache, cached_length
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.models.encoder import Encoder
 from jaxformer.models.transformer import TransformerConfig, empty_cache, stack
 from jaxformer.ops import attention
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, DTypeLike, Float, Int, PyTree
+from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
 class EncoderDecoder(nn.Module):
@@ -45,7 +45,7 @@ class EncoderDecoder(nn.Module):
             train: Turns dropout on; needs an rng named "dropout".
         """
         context = self.encode(source, source_mask, train=train)
-        return self.decode(target, context, source_mask, train=train)
+        return self.decode(target, context, source_mask, train=train)  # pyright: ignore[reportReturnType]
 
     def encode(
         self, source: Int[Array, "B S"], source_mask: Mask | None = None, *, train: bool = False
@@ -58,10 +58,10 @@ class EncoderDecoder(nn.Module):
         target: Int[Array, "B T"],
         context: Float[Array, "B S D"],
         source_mask: Mask | None = None,
-        cache: PyTree[KVCache] | None = None,
+        cache: StackCache | None = None,
         *,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], PyTree[KVCache]]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
         """Predicts what follows each token; with a cache the new cache is returned too.
 
         Args:
@@ -83,8 +83,6 @@ class EncoderDecoder(nn.Module):
         return (logits, *caches) if caches else logits
 
     @nn.nowrap
-    def empty_cache(
-        self, batch: int, max_length: int, dtype: DTypeLike = "float32"
-    ) -> PyTree[KVCache]:
+    def empty_cache(self, batch: int, max_length: int, dtype: DTypeLike = "float32") -> StackCache:
         """Makes a cache for `batch` targets of up to `max_length` tokens."""
         return empty_cache(self.config, batch, max_length, dtype)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from jaxformer.layers import stack
-from jaxformer.layers.attention import KVCache, SelfAttention, cached_length
+from jaxformer.layers.attention import SelfAttention, StackCache, cached_length
 from jaxformer.layers.block import Block, PreNorm
 from jaxformer.layers.embed import Embed, LearnedPositions, NeighbourEmbed
 from jaxformer.layers.linear import Dense
@@ -19,7 +19,7 @@ from jaxformer.layers.mlp import MLP
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.layers.stack import Stack
 from jaxformer.ops import activations, attention, linear, patches
-from jaxformer.typing import Array, Bool, DTypeLike, Float, Int, PyTree
+from jaxformer.typing import Array, Bool, DTypeLike, Float, Int
 
 _NEAR = tuple((row, column) for row in (-2, -1) for column in (-2, -1, 0, 1, 2))
 
@@ -90,7 +90,7 @@ class Cache(NamedTuple):
     """The sequence so far, for the neighbours, and the keys and values of every block."""
 
     tokens: Int[Array, "B S"]
-    blocks: PyTree[KVCache]
+    blocks: StackCache
 
 
 class ImageGPT(nn.Module):
@@ -160,8 +160,8 @@ class ImageGPT(nn.Module):
             train: Turns dropout on; needs an rng named "dropout".
 
         Returns:
-            Logits in float32; NaN after a token that cannot be at its place, and for those past
-            the end of the picture.
+            Logits in float32; NaN where a token is read that cannot be at its place, and past the
+            end of the picture.
 
         Raises:
             ValueError: If T exceeds the cells of the picture.

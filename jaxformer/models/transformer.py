@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 from jaxformer.layers import stack as stacks
-from jaxformer.layers.attention import CrossAttention, KVCache, SelfAttention
+from jaxformer.layers.attention import CrossAttention, SelfAttention, StackCache
 from jaxformer.layers.block import Block, PreNorm
 from jaxformer.layers.mlp import GatedMLP
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.layers.stack import Stack
 from jaxformer.ops import rotary
-from jaxformer.typing import DTypeLike, PyTree
+from jaxformer.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def stack(config: TransformerConfig, *, cross: bool, name: str) -> Stack:
 
 def empty_cache(
     config: TransformerConfig, batch: int, max_length: int, dtype: DTypeLike
-) -> PyTree[KVCache]:
+) -> StackCache:
     """Makes a cache for `batch` rows of up to `max_length` tokens in all of the config's blocks."""
     heads, channels = config.num_kv_heads, config.head_dim
     return stacks.empty_cache(

@@ -37,7 +37,9 @@ def _backward(saved, gradient):
     if x.shape[-1] < gradient.shape[-1]:
         for_kernel = jnp.einsum("ri,ro->io", rows, columns)
     else:
-        for_kernel = jnp.einsum("ro,ri->oi", columns, rows).T
+        turned = jnp.einsum("ro,ri->oi", columns, rows)
+        half = turned.shape[0] // 2  # XLA would undo a transpose of the whole product
+        for_kernel = jnp.concatenate([turned[:half].T, turned[half:].T], axis=1)
     return (gradient @ kernel.T).astype(x.dtype), for_kernel.astype(kernel.dtype)
 
 

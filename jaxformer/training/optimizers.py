@@ -60,7 +60,7 @@ def muon(
     learning_rate: optax.ScalarOrSchedule,
     adam_learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: float = 0.01,
+    weight_decay: float = 0.1,
     b1: float = 0.9,
     b2: float = 0.95,
     clip_norm: float = 1.0,

@@ -41,6 +41,7 @@ def loss_curve(
     if not steps.size:
         raise ValueError(f"No row has the metric {train!r}: there is no curve to draw.")
     figure = _figure(7.0, 4.2)
+    figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
@@ -102,7 +103,7 @@ def digit_grid(
     margins = {"left": 0.35 if row_labels else 0.1, "top": 0.4 if title else 0.1, "edge": 0.1}
     inner = (sheet.shape[1] * scale, sheet.shape[0] * scale)
     outer = (inner[0] + margins["left"] + margins["edge"], inner[1] + margins["top"] + 0.1)
-    figure = _figure(*outer, layout=None)
+    figure = _figure(*outer)
     box = (margins["left"] / outer[0], 0.1 / outer[1], inner[0] / outer[0], inner[1] / outer[1])
     axes = figure.add_axes(box)
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
@@ -117,11 +118,11 @@ def digit_grid(
     figure.savefig(os.fspath(path), dpi=3 / scale)
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
@@ -141,5 +142,5 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (total[centre + reach + 1] - total[centre - reach]) / (2 * reach + 1)
 
 
-def _wide(values: np.ndarray, factor: float) -> bool:
+def _wide(values: np.ndarray, factor: int) -> bool:
     return bool(values.min() > 0 and values.max() > factor * values.min())

@@ -76,9 +76,10 @@ def _rows(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
             break
         try:
             row = json.loads(line)
-            row["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: not a JSON object with a step.") from None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step.")
         found.append((row, line))
     return found
 

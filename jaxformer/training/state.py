@@ -1,6 +1,6 @@
 """Everything that a training run carries from one step to the next."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ import optax
 from jaxformer.typing import Array, Int, Key, PyTree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """A tree that `jit`, `pmap` and a checkpoint take as it is.
+
+    In place of the arrays it may hold what describes them, such as shapes or shardings.
 
     Attributes:
         step: Steps done.

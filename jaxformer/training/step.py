@@ -1,7 +1,7 @@
 """One pure training step, and its two ways onto many devices."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -86,11 +86,11 @@ def make_train_step(
         metrics = {**metrics, "loss": loss}
         if axis is not None:
             grads, metrics = lax.pmean((grads, metrics), axis)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["param_norm"] = optax.global_norm(params)
+        metrics["param_norm"] = optax.tree.norm(params)
         ema = None if ema_decay is None else _average(state.ema, params, state.step, ema_decay)
         return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
@@ -112,7 +112,8 @@ def jitted(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -> 
 def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -> Step:
     """Compiles a step for a mesh: the batch is split over its axis `data`, the state follows.
 
-    The old state's memory is given to the new one, so keep no reference to it.
+    The old state's memory is given to the new one: keep no reference to it, nor to the parameters
+    that it was created with.
 
     Args:
         step: From `make_train_step`.
@@ -124,14 +125,15 @@ def jit_step(step: PureStep, mesh: Mesh, state_sharding: PyTree | None = None) -
         gives its own rows, or of arrays from `place`, whose errors it raises.
     """
     compiled = jitted(step, mesh, state_sharding)
+    sharding = NamedSharding(mesh, PartitionSpec()) if state_sharding is None else state_sharding
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return compiled(state, place(batch, mesh))
+        return compiled(_settled(state, sharding), place(batch, mesh))
 
     return run
 
 
-def pmap_step(step: PureStep, devices: Sequence[jax.Device] | None = None) -> Step:
+def pmap_step(step: PureStep, mesh: Mesh | None = None) -> Step:
     """Compiles a step for many devices with `pmap`: the same numbers as `jit_step`.
 
     Random numbers inside `loss_fn` differ: each device draws its own. With gradient accumulation
@@ -139,13 +141,14 @@ def pmap_step(step: PureStep, devices: Sequence[jax.Device] | None = None) -> St
 
     Args:
         step: From `make_train_step`.
-        devices: Of all processes; all there are if None.
+        mesh: Its devices are used, those of all processes; all there are if None.
 
     Returns:
         A function of state and a batch of NumPy arrays, of which each process gives its own rows.
         It raises ValueError if the devices do not divide the batch.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    everywhere = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec())
     count = sum(device.process_index == jax.process_index() for device in devices)
     mapped = jax.pmap(
         functools.partial(step, axis="data"),
@@ -160,7 +163,7 @@ def pmap_step(step: PureStep, devices: Sequence[jax.Device] | None = None) -> St
         return x.reshape(count, -1, *x.shape[1:])
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return mapped(state, jax.tree.map(split, batch))
+        return mapped(_settled(state, everywhere), jax.tree.map(split, batch))
 
     return run
 
@@ -221,8 +224,15 @@ def _accumulate(
 
 
 def _average(old: PyTree, new: PyTree, step: Array, decay: float) -> PyTree:
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), old, new)
+    share = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + share * (new - old), old, new)
+
+
+def _settled(state: TrainState, sharding: PyTree) -> TrainState:
+    """Moves a new state onto its devices; a step from elsewhere would be compiled by itself."""
+    if isinstance(state.step.sharding, NamedSharding):
+        return state
+    return jax.jit(lambda state: state, out_shardings=sharding)(state)
 
 
 def _require_divisible(x: Any, devices: int) -> None:

@@ -23,10 +23,10 @@ def attend_causal(
     v: Float[Array, "B S K Hv"],
     mask: Mask | None = None,
     *,
-    bias: None = None,
+    bias: Float[Array, "..."] | None = None,
     scale: float | Float[Array, ""] | None = None,
-    softcap: None = None,
-    sinks: None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     num_blocks: int = 2,
 ) -> Float[Array, "B T N Hv"]:
     """Mixes the values of each position's past, like `attend` with the mask `causal()`.
@@ -62,23 +62,22 @@ def attend_causal(
         raise NotImplementedError(f"attend_causal needs S=T, got T={length}, S={k.shape[1]}.")
     if length < 1 or num_blocks < 1:
         raise ValueError(f"attend_causal cannot cut T={length} into {num_blocks=}.")
-    scale = channels**-0.5 if scale is None else scale
+    factor = channels**-0.5 if scale is None else scale
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], channels)
-    queries = (groups.astype(dtype) * scale).transpose(0, 2, 3, 1, 4)  # B K G T H
-    keys = k.astype(dtype).transpose(0, 2, 3, 1)  # B K H S
-    values = v.astype(dtype).transpose(0, 2, 3, 1)
-    out = _blocks(num_blocks, queries, keys, values).transpose(0, 3, 1, 2, 4)
+    out = _blocks(num_blocks, groups.astype(dtype) * factor, k.astype(dtype), v.astype(dtype))
     return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(num_blocks: int, queries: Array, keys: Array, values: Array) -> Array:
-    return _forward(num_blocks, queries, keys, values)[0]
+def _blocks(num_blocks: int, q: Array, k: Array, v: Array) -> Array:
+    return _forward(num_blocks, q, k, v)[0]
 
 
-def _forward(num_blocks: int, queries: Array, keys: Array, values: Array):
+def _forward(num_blocks: int, q: Array, k: Array, v: Array):
+    queries = q.transpose(0, 2, 3, 1, 4)  # B K G T H
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)  # B K H S
     shape = queries.shape
     outs, weights = [], []
     for start, end in _bounds(shape[3], num_blocks):
@@ -90,15 +89,16 @@ def _forward(num_blocks: int, queries: Array, keys: Array, values: Array):
         out = jnp.einsum("bkts,bkhs->bkth", exps, values[..., :end]) / total
         outs.append(out.reshape(*shape[:3], end - start, values.shape[2]))
         weights.append((exps, total))
-    out = jnp.concatenate(outs, axis=3)
+    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out, (queries, keys, values, out, weights)
 
 
 def _backward(num_blocks: int, saved, gradient: Array):
     queries, keys, values, out, weights = saved
     shape = queries.shape
-    inner = (gradient * out).sum(-1, keepdims=True)  # the softmax's own correction, one a row
-    for_queries, for_keys, for_values = [], 0.0, 0.0
+    inner = (gradient * out).sum(-1).transpose(0, 2, 3, 1)[..., None]  # softmax's own, one a row
+    gradient = gradient.transpose(0, 2, 3, 1, 4)
+    for_queries, for_keys, for_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
     for (start, end), (exps, total) in zip(_bounds(shape[3], num_blocks), weights):
         pad = [(0, 0)] * 3 + [(0, shape[3] - end)]
         upstream = _rows(gradient, start, end) / total
@@ -109,7 +109,8 @@ def _backward(num_blocks: int, saved, gradient: Array):
         product = jnp.einsum("bkth,bkts->bkhs", _rows(queries, start, end), change)
         for_keys += jnp.pad(product, pad)
         for_values += jnp.pad(jnp.einsum("bkth,bkts->bkhs", upstream, exps), pad)
-    return jnp.concatenate(for_queries, axis=3), for_keys, for_values
+    for_q = jnp.concatenate(for_queries, axis=3).transpose(0, 3, 1, 2, 4)
+    return for_q, for_keys.transpose(0, 3, 1, 2), for_values.transpose(0, 3, 1, 2)
 
 
 _blocks.defvjp(_forward, _backward)

@@ -1,0 +1,100 @@
+"""Embeddings: lookups by formula, and what happens to tokens and places that are not there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.layers.embed import Embed, LearnedPositions, NeighbourEmbed
+
+V, D, B, T = 7, 5, 2, 12
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
+COLUMNS = 3
+OFFSETS = ((-2, 0), (-1, -1), (-1, 0), (-1, 1), (0, -2), (0, -1))
+
+
+def test_tokens_are_looked_up_and_logits_use_the_same_table(draw):
+    embed = Embed(V, D)
+    variables = draw(embed, TOKENS)
+    table = np.asarray(variables["params"]["table"])
+    x = embed.apply(variables, TOKENS)
+    assert (x == table[TOKENS]).all()
+    logits = embed.apply(variables, x, method="logits")
+    np.testing.assert_allclose(logits, table[TOKENS] @ table.T, atol=1e-5)
+    assert embed.apply(variables, x.astype(jnp.bfloat16), method="logits").dtype == jnp.bfloat16
+
+
+def test_a_token_that_is_none_becomes_nan(draw):
+    embed = Embed(V, D)
+    tokens = jnp.array([0, V - 1, V, -1, -V])
+    x = embed.apply(draw(embed, tokens), tokens)
+    assert np.isnan(x).all(-1).tolist() == [False, False, True, True, True]
+
+
+def test_learned_positions_add_the_rows_from_the_offset_on(draw):
+    layer, x = LearnedPositions(T), jnp.ones((B, 5, D), jnp.bfloat16)
+    variables = draw(layer, x)
+    table = variables["params"]["table"]
+    assert table.shape == (T, D)
+    expected = x + table[3:8].astype(x.dtype)[None]
+    assert (layer.apply(variables, x, 3) == expected).all()
+    assert (layer.apply(variables, x, jnp.array(3)) == expected).all()
+
+
+def test_learned_positions_past_the_end_raise_or_are_nan(draw):
+    layer, x = LearnedPositions(T), jnp.ones((B, 5, D))
+    variables = draw(layer, x)
+    with pytest.raises(ValueError, match=r"8..12 .* 12 rows"):
+        layer.apply(variables, x, 8)
+    y = layer.apply(variables, x, jnp.array(8))
+    assert np.isnan(y).all((0, 2)).tolist() == [False] * 4 + [True]
+
+
+def neighbours(table, tokens):
+    """One cell and one neighbour at a time."""
+    out = np.zeros((*tokens.shape, table.shape[-1]))
+    for b, t in np.ndindex(tokens.shape):
+        for i, (row, column) in enumerate(OFFSETS):
+            r, c = t // COLUMNS + row, t % COLUMNS + column
+            inside = r >= 0 and 0 <= c < COLUMNS
+            out[b, t] += table[i, tokens[b, 1 + r * COLUMNS + c] if inside else V]
+    return out
+
+
+def test_neighbours_are_those_of_the_grid(draw):
+    layer = NeighbourEmbed(V, D, COLUMNS, OFFSETS)
+    tokens = TOKENS.at[:, 0].set(V + 3)  # the start token is nobody's neighbour
+    variables = draw(layer, tokens)
+    expected = neighbours(np.float64(variables["params"]["table"]), np.asarray(tokens))
+    np.testing.assert_allclose(jax.jit(layer.apply)(variables, tokens), expected, atol=1e-5)
+
+
+def test_positions_can_be_embedded_one_by_one_before_the_rest_is_known(draw):
+    layer = NeighbourEmbed(V, D, COLUMNS, OFFSETS)
+    variables = draw(layer, TOKENS)
+    whole = layer.apply(variables, TOKENS)
+    one = jax.jit(lambda tokens, first: layer.apply(variables, tokens, first, 1))
+    for t in range(T):
+        known = jnp.where(jnp.arange(T) <= t, TOKENS, -1)
+        np.testing.assert_allclose(one(known, jnp.array(t)), whole[:, t : t + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("token", [V, -1])
+def test_a_neighbour_that_is_no_token_gives_nan(draw, token):
+    layer = NeighbourEmbed(V, D, COLUMNS, ((0, -1),))
+    tokens = TOKENS.at[1, 5].set(token)  # cell 4, left of cell 5
+    wrong = np.isnan(layer.apply(draw(layer, tokens), tokens)).all(-1)
+    assert np.argwhere(wrong).tolist() == [[1, 5]]
+
+
+def test_without_neighbours_there_is_nothing_to_add(draw):
+    layer = NeighbourEmbed(V, D, COLUMNS, ())
+    y = layer.apply(draw(layer, TOKENS), TOKENS)
+    assert y.shape == (B, T, D)
+    assert not y.any()
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (0, 1), (1, -1)])
+def test_neighbours_that_are_not_yet_known_are_refused(offset):
+    with pytest.raises(ValueError, match=rf"\({offset[0]}, {offset[1]}\)"):
+        NeighbourEmbed(V, D, COLUMNS, (offset,)).init(jax.random.key(0), TOKENS)

@@ -1,0 +1,71 @@
+"""The config that the skeletons share: every field is read, and nonsense is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from jaxformer.models.decoder import Decoder
+from jaxformer.models.transformer import TransformerConfig
+
+CONFIG = TransformerConfig(7, 6, 2, num_heads=4, num_kv_heads=2, head_dim=2, hidden=5)
+TOKENS = jnp.zeros((1, 3), int)
+CHANGES = {
+    "vocab_size": 8,
+    "width": 5,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 1,
+    "head_dim": 4,
+    "hidden": 3,
+    "theta": 100.0,
+    "qk_norm": True,
+    "dropout": 0.1,
+    "drop_path": 0.1,
+    "layer_scale": 0.1,
+    "tie_embeddings": False,
+    "scan": True,
+    "remat": True,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(program):
+    return program(Decoder(CONFIG), TOKENS)
+
+
+def test_equal_configs_give_the_same_program(program, plain):
+    assert program(Decoder(dataclasses.replace(CONFIG)), TOKENS) == plain
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CONFIG)])
+def test_every_field_is_read(program, plain, field):
+    changed = dataclasses.replace(CONFIG, **{field: CHANGES[field]})
+    assert program(Decoder(changed), TOKENS) != plain
+
+
+def test_another_first_value_of_the_layer_scale_is_another_program(program):
+    one, other = (dataclasses.replace(CONFIG, layer_scale=scale) for scale in (0.1, 0.2))
+    assert program(Decoder(one), TOKENS) != program(Decoder(other), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 0, "vocab_size must be positive, got 0"),
+        ("num_layers", 0, "num_layers must be positive, got 0"),
+        ("num_kv_heads", 0, "num_kv_heads must be positive, got 0"),
+        ("num_kv_heads", 3, "N=4 is not a multiple of K=3"),
+        ("head_dim", 3, "H=3"),
+        ("head_dim", 0, "H=0"),
+        ("dropout", 1.0, r"dropout must lie in \[0, 1\), got 1.0"),
+        ("drop_path", -0.1, r"drop_path must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named_in_the_error(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_the_tiny_size_has_the_vocabulary_asked_for():
+    assert TransformerConfig.tiny(11).vocab_size == 11

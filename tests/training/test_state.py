@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxformer.training import leaves
+from jaxformer.training.state import TrainState
+
+
+def params():
+    return {"head": {"kernel": jnp.arange(15.0).reshape(5, 3)}, "norm": {"scale": jnp.ones(7)}}
+
+
+def state(**options):
+    return TrainState.create(params(), optax.adam(0.1), jax.random.key(0), **options)
+
+
+def test_a_run_starts_at_step_0_with_a_fresh_optimizer():
+    made = state()
+    assert made.step.dtype == jnp.int32
+    assert int(made.step) == 0
+    moments = jax.tree.leaves(made.opt_state[0].mu)
+    assert sum(float(jnp.abs(leaf).sum()) for leaf in moments) == 0
+    np.testing.assert_array_equal(made.params["head"]["kernel"], params()["head"]["kernel"])
+
+
+def test_the_average_starts_at_the_parameters_in_memory_of_its_own():
+    made = state(ema=True)
+    for mine, average in zip(jax.tree.leaves(made.params), jax.tree.leaves(made.ema)):
+        np.testing.assert_array_equal(mine, average)
+        assert mine.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
+
+
+def test_the_best_parameters_are_the_average_where_there_is_one():
+    assert state().best_params["norm"]["scale"] is not None
+    plain, averaged = state(), state(ema=True)
+    assert plain.best_params is plain.params
+    assert averaged.best_params is averaged.ema
+
+
+def test_it_is_a_tree_whose_leaves_have_names_for_a_checkpoint():
+    made = state(ema=True)
+    names = list(leaves.named(made))
+    assert {"step", "key", "params.head.kernel", "ema.norm.scale"} <= set(names)
+    assert len(names) == len(jax.tree.leaves(made)) == 2 + 2 * 2 + 1 + 2 * 2
+    assert jax.tree.structure(made) == jax.tree.structure(jax.eval_shape(lambda: state(ema=True)))
+
+
+def test_mapping_over_it_may_give_anything_such_as_shardings():
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state())
+    assert shardings.step == state().step.sharding
