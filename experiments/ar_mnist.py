@@ -90,6 +90,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.mesh is not None:
             mesh.parse(self.mesh)
+        if self.distributed and self.step == "pmap":
+            raise ValueError("step=pmap is for one process; with distributed, use step=jit.")
 
     def meaning(self) -> dict:
         """The settings that the numbers of a checkpoint depend on."""

@@ -98,7 +98,8 @@ class ImageGPT(nn.Module):
 
     The sequence is the class token followed by the cells, and position t gives the logits of
     cell t. What the blocks read is a sum: the position's vector, the class's, and one for each of
-    the cell's known neighbours (`NeighbourEmbed`).
+    the cell's known neighbours (`NeighbourEmbed`). A cell is read as a neighbour only, so the last
+    of a row is not seen before the cell below it comes near.
 
     Attributes:
         config: Sizes.

@@ -58,8 +58,8 @@ def make_train_step(
             stay in float32.
 
     Raises:
-        ValueError: If `accumulate` is not positive or `ema_decay` outside [0, 1); when called, if
-            `accumulate` does not divide the batch, or if only one of state and step has an average.
+        ValueError: If `accumulate` is below 1 or `ema_decay` outside [0, 1); when called, if parts
+            do not divide the batch, or if only one of state and step has an average.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be positive, got accumulate={accumulate}.")
@@ -79,15 +79,11 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis))
-        if accumulate == 1:
-            (loss, metrics), grads = grad_fn(state.params, batch, key)
-        else:
-            (loss, metrics), grads = _accumulate(grad_fn, state.params, batch, key, accumulate)
+        (loss, metrics), grads = _accumulate(grad_fn, state.params, batch, key, accumulate)
         metrics = {**metrics, "loss": loss}
         if axis is not None:
             grads, metrics = lax.pmean((grads, metrics), axis)
         metrics["grad_norm"] = optax.tree.norm(grads)
-
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["param_norm"] = optax.tree.norm(params)
@@ -137,7 +133,8 @@ def pmap_step(step: PureStep, mesh: Mesh | None = None) -> Step:
     """Compiles a step for many devices with `pmap`: the same numbers as `jit_step`.
 
     Random numbers inside `loss_fn` differ: each device draws its own. With gradient accumulation
-    each device's share of the batch is what is cut into parts.
+    each device's share of the batch is what is cut into parts. With several processes the new state
+    lies on each one's own devices, where orbax does not take it: checkpoints need `jit_step`.
 
     Args:
         step: From `make_train_step`.
@@ -208,6 +205,8 @@ def _accumulate(
     Part i takes every row whose index is i modulo `parts`: of a batch that is split over devices,
     each then keeps its own rows.
     """
+    if parts == 1:
+        return grad_fn(params, batch, key)
     for x in jax.tree.leaves(batch):
         if x.shape[0] % parts:
             raise ValueError(f"accumulate={parts} does not divide a batch of B={x.shape[0]}.")

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ DIGITS = mnist.Digits(
 
 def config(folder, **changes):
     settings = {"run": str(folder), "model": MODEL, "steps": 6, "batch": 8, "mesh": "data=1"}
-    settings |= {"optimizer": "adamw", "warmup": 2, "save_every": 2, "log_every": 3}
+    settings |= {"optimizer": "adamw", "warmup": 2, "save_every": 2, "log_every": 3, "distort": 0.0}
     return ar_mnist.Config(**settings | changes)
 
 
@@ -125,7 +126,7 @@ def test_a_run_leaves_its_folder_and_the_same_command_does_not_train_again(
 
 
 def test_training_lowers_the_loss_and_evaluates_the_average_of_the_parameters(tmp_path):
-    state = train(config(tmp_path, binarisation="dynamic", log_every=1))
+    state = train(config(tmp_path, binarisation="dynamic", distort=0.3, log_every=1))
     losses = [row["loss"] for row in rows(tmp_path)]
     assert losses[0] == pytest.approx(196 * math.log(16), rel=1e-5)  # the head starts at zero
     assert losses[-1] < losses[0] - 5
@@ -141,32 +142,35 @@ def test_by_default_muon_has_the_hidden_kernels_and_adamw_the_rest(tmp_path):
     assert all(re.search(r"layers_0\..*\.(qkv|out|up|down)\.kernel$", name) for name in momentum)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an unbroken run on one device, and the parameters it ends with."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, jax.device_get(train(config(folder)).params)
+
+
 @pytest.mark.parametrize("step", ["jit", "pmap"])
-def test_eight_devices_give_the_loss_of_one(step, tmp_path):
-    alone = config(tmp_path / "alone", learning_rate=0.01)
-    spread = config(tmp_path / "spread", learning_rate=0.01, mesh="data=8", step=step)
-    for cfg in (alone, spread):
-        assert train(cfg) is not None
-    for one, many in zip(rows(tmp_path / "alone"), rows(tmp_path / "spread"), strict=True):
-        assert many == pytest.approx(one, rel=1e-5)
+def test_eight_devices_give_the_loss_of_one(step, whole, tmp_path):
+    assert train(config(tmp_path, mesh="data=8", step=step)) is not None
+    for many, one in zip(rows(tmp_path), rows(whole[0]), strict=True):
+        assert many == pytest.approx(one, rel=1e-4)  # Adam magnifies the rounding of tiny gradients
 
 
-def test_a_run_continues_where_its_checkpoint_stands_on_any_number_of_devices(tmp_path):
-    whole = train(config(tmp_path / "whole"))
-    train(config(tmp_path / "parts"))
-    for name in ("6", "4"):
-        (tmp_path / "parts" / "checkpoints" / name).rename(tmp_path / name)
-    state = train(config(tmp_path / "parts", mesh="data=8"))
-    assert saved(tmp_path / "parts") == [2, 4, 6]
-    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params)):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+def test_a_run_continues_where_its_checkpoint_stands_on_any_number_of_devices(whole, tmp_path):
+    folder, params = whole
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    state = train(config(tmp_path / "run", mesh="data=8"))
+    assert saved(tmp_path / "run") == [2, 4, 6]
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
-    train(config(tmp_path))
+def test_a_checkpoint_of_other_settings_is_refused_and_kept(whole):
     with pytest.raises(checkpoint.CheckpointError, match="batch: 8 there, 4 here"):
-        train(config(tmp_path, batch=4))
-    assert saved(tmp_path) == [2, 4, 6]
+        train(config(whole[0], batch=4))
+    assert saved(whole[0]) == [2, 4, 6]
 
 
 def test_numbers_that_are_no_longer_finite_stop_the_run_and_keep_the_last_good_checkpoint(
@@ -278,6 +282,7 @@ def test_every_setting_is_written_on_the_command_line():
         (["--steps", "many"], "invalid literal for int"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--mesh", "8"], "like 'data=4' or"),
+        (["--distributed", "--step", "pmap"], "step=pmap is for one process"),
         (["--model.width", "63"], "D=63 is not a multiple of N=2"),
     ],
 )

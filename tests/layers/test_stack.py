@@ -144,20 +144,19 @@ def test_deeper_samples_are_dropped_more_often(draw):
             assert abs(found - share) <= 4 * (share * (1 - share) / len(x)) ** 0.5
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_with_a_cache_the_stack_goes_on_where_it_was(draw, scan):
+def test_with_a_cache_the_stack_goes_on_where_it_was(draw):
     variables = draw(Stack(BLOCK, LAYERS), X)
     expected = jax.jit(functools.partial(Stack(BLOCK, LAYERS).apply, variables))(
         X, attention.causal()
     )
-    stack = Stack(BLOCK, LAYERS, scan=scan, remat=True)  # remat must not stand in the way
-    variables = stacked(variables) if scan else variables
+    stack = Stack(BLOCK, LAYERS, scan=True, remat=True)  # remat must not stand in the way
+    variables = stacked(variables)
 
     @jax.jit
     def step(x, cache):
         return stack.apply(variables, x, attention.causal(cached_length(cache)), cache=cache)
 
-    cache, out = stacks.empty_cache(LAYERS, scan, B, 2, T, 2), []
+    cache, out = stacks.empty_cache(LAYERS, True, B, 2, T, 2), []
     for part in (X[:, :3], X[:, 3:4], X[:, 4:]):
         y, cache = step(part, cache)
         out.append(y)
