@@ -57,8 +57,8 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
             )
         if not np.isfinite(value):
             raise TrainingDiverged(
-                f"{name} is {float(value)} at step {step}. The last checkpoint is kept. Train "
-                "with a lower learning rate, a longer warm-up or stronger clipping, in another folder."
+                f"{name} is {float(value)} at step {step}. The last checkpoint is kept. In another "
+                "folder, train with a lower learning rate, a longer warm-up or stronger clipping."
             )
     return {name: np.asarray(value).item() for name, value in fetched.items()}
 
