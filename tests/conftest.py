@@ -1,9 +1,12 @@
 """Eight simulated CPU devices, strict rank promotion, and a compile cache that survives the run."""
 
+import functools
 import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
@@ -23,3 +26,21 @@ def real_data() -> pathlib.Path:
     if not folder:
         pytest.skip("JAXFORMER_TEST_DATA names no folder of data sets")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Draws variables for a module without compiling its initialisation; no leaf is constant."""
+
+    def variables(module, *args, seed=0, **kwargs):
+        init = functools.partial(module.init, **kwargs)
+        shapes = jax.eval_shape(init, jax.random.key(0), *args)
+        random = np.random.default_rng(seed)
+
+        def leaf(shape):
+            size = shape.shape[-2] ** -0.5 if len(shape.shape) > 1 else 1.0
+            return jnp.asarray(size * random.standard_normal(shape.shape), shape.dtype)
+
+        return jax.tree.map(leaf, shapes)
+
+    return variables
