@@ -8,7 +8,16 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jaxformer.typing import PyTree
+
+
+def perturbed(params: PyTree) -> PyTree:
+    """Adds noise to fresh parameters, so that no layer that starts as the identity stays one."""
+    noise = jax.random.normal(jax.random.key(1), (4096,))
+    return jax.tree.map(lambda x: x + 0.05 * jnp.resize(noise, x.shape), params)
 
 
 def interleaved(

@@ -42,9 +42,8 @@ def main(cfg: Config) -> None:
     writer = reader = ImageGPT(config)
     if jax.default_backend() == "cpu":
         reader = ImageGPT(config, blocked.attend_causal, linear.project_input_first)
-    params = writer.init(jax.random.key(0), jnp.full((1, config.cells), config.vocab_size))
-    noise = jax.random.normal(jax.random.key(1), (4096,))
-    params = jax.tree.map(lambda x: x + 0.05 * jnp.resize(noise, x.shape), params)
+    start = jnp.full((1, config.cells), config.vocab_size)
+    params = record.perturbed(writer.init(jax.random.key(0), start))
     classes = place(np.arange(cfg.batch, dtype=np.int32) % config.num_classes, devices)
     fast, slow = ar_mnist_report.make_writer(writer), ar_mnist_report.make_slow_writer(reader)
     key = jax.random.key(2)

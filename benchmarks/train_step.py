@@ -104,7 +104,7 @@ def theirs(config: ImageGPTConfig, params, cells, labels, *, compiled: bool):
         return norm(x, weights["norm"]["scale"]) @ weights["head"]["kernel"]
 
     model = torch.compile(model) if compiled else model
-    leaves = [leaf for leaf in jax.tree.leaves(weights)]
+    leaves = jax.tree.leaves(weights)
     optimizer = torch.optim.AdamW(leaves, 1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     cells, labels = torch.tensor(cells, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
 
@@ -128,9 +128,7 @@ def main(cfg: Config) -> None:
     cells = rng.integers(0, config.vocab_size, (cfg.batch, config.cells)).astype(np.int32)
     labels = rng.integers(0, config.num_classes, cfg.batch).astype(np.int32)
     start = jnp.full((1, config.cells), config.vocab_size, jnp.int32)
-    params = ImageGPT(config).init(jax.random.key(0), start)
-    noise = jax.random.normal(jax.random.key(1), (4096,))  # so that no layer is the identity
-    params = jax.tree.map(lambda x: x + 0.05 * jnp.resize(noise, x.shape), params)
+    params = record.perturbed(ImageGPT(config).init(jax.random.key(0), start))
 
     work = {"ours": ours(config, params, cells, labels)}
     work["torch"] = theirs(config, params, cells, labels, compiled=False)
