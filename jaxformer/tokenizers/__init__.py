@@ -1,0 +1,1 @@
+"""Text and sequences to integers and back, without JAX."""
