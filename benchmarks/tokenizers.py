@@ -39,6 +39,7 @@ from jaxformer.tokenizers import bpe, patterns, wordpiece_training
 from jaxformer.tokenizers.bpe import Bpe
 from jaxformer.tokenizers.byte_alphabet import write as printable
 from jaxformer.tokenizers.formats import save
+from jaxformer.tokenizers.tokenizer import Tokenizer
 
 Work = Callable[[], Callable[[], Any]]  # makes ready, and returns what is timed
 
@@ -257,7 +258,7 @@ def timed_encoding(table: Table, name: str, ours: Bpe, texts: list[str], others:
             table.row(f"{row}, {name}", work, size)
 
 
-def filled(ours: Bpe, others: list[str], texts: list[str]) -> Callable[[], Any]:
+def filled(ours: Tokenizer, others: list[str], texts: list[str]) -> Callable[[], Any]:
     fresh = pickle.loads(pickle.dumps(ours))
     fresh.encode_batch(others)
     return lambda: fresh.encode_batch(texts)

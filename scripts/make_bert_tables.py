@@ -1,4 +1,4 @@
-"""Writes `jaxformer/tokenizers/bert_tables.npz`: what BERT's pipeline does to every code point.
+"""Writes `jaxformer/tokenizers/bert_*.bin`: what BERT's pipeline does to every code point.
 
     pip install tokenizers==0.23.3
     python scripts/make_bert_tables.py
@@ -9,13 +9,12 @@ on every code point by itself, and on pairs of marks for their order.
 """
 
 import itertools
-import pathlib
 
 import numpy as np
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from jaxformer.tokenizers import bert_tables
+from jaxformer.tokenizers import bert_tables, frozen
 
 CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 OFF = {"clean_text": False, "handle_chinese_chars": False, "strip_accents": False}
@@ -68,21 +67,9 @@ for code in CODES:
     traits[code] |= bert_tables.MARK * (decompose(char) == char and strip(char) == "")
     traits[code] |= bert_tables.PUNCTUATION * (len(split(f"a{char}b")) == 3)
 starts = np.flatnonzero(np.diff(traits, prepend=traits[0] + 1))
-keys, sizes, parts = replacements(decompose, [code for code in CODES if code not in HANGUL])
-upper_keys, upper_sizes, upper_parts = replacements(lower, CODES)
-
-path = pathlib.Path(bert_tables.__file__).with_name("bert_tables.npz")
-np.savez_compressed(
-    path,
-    traits=traits[starts],
-    lengths=np.diff(starts, append=0x110000).astype(np.int32),
-    composed=keys,
-    composed_sizes=sizes,
-    composed_parts=parts,
-    upper=upper_keys,
-    upper_sizes=upper_sizes,
-    upper_parts=upper_parts,
-)
-print(
-    f"{path}: tokenizers {tokenizers.__version__}, {len(starts)} runs, {path.stat().st_size} bytes"
-)
+lengths = np.diff(starts, append=0x110000).astype(np.int32)
+frozen.write("bert_traits", [traits[starts], lengths])
+frozen.write("bert_composed", replacements(decompose, [c for c in CODES if c not in HANGUL]))
+frozen.write("bert_upper", replacements(lower, CODES))
+size = sum(frozen.path(f"bert_{name}").stat().st_size for name in ("traits", "composed", "upper"))
+print(f"tokenizers {tokenizers.__version__}, {len(starts)} runs, {size} bytes")

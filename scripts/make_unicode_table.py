@@ -7,13 +7,10 @@ The version is pinned because token ids depend on it: a table that followed the 
 cut the same text differently from one machine to the next.
 """
 
-import pathlib
-import zlib
-
 import numpy as np
 import unicodedata2
 
-from jaxformer.tokenizers import unicode
+from jaxformer.tokenizers import frozen, unicode
 
 if unicodedata2.unidata_version != "16.0.0":
     raise SystemExit(f"Needs Unicode 16.0.0, unicodedata2 has {unicodedata2.unidata_version}.")
@@ -23,7 +20,6 @@ categories = np.array(
     [index[unicodedata2.category(chr(code))] for code in range(0x110000)], np.uint8
 )
 starts = np.flatnonzero(np.diff(categories, prepend=255))
-path = pathlib.Path(unicode.__file__).with_name("unicode16.bin")
-lengths = np.diff(starts, append=0x110000).astype("<u4")
-path.write_bytes(zlib.compress(lengths.tobytes() + categories[starts].tobytes(), 9))
-print(f"{path}: {len(starts)} runs, {path.stat().st_size} bytes")
+lengths = np.diff(starts, append=0x110000).astype(np.uint32)
+frozen.write("unicode16", [lengths, categories[starts]])
+print(f"{len(starts)} runs, {frozen.path('unicode16').stat().st_size} bytes")

@@ -5,12 +5,11 @@ library.
 """
 
 import functools
-import pathlib
-import zipfile  # noqa: F401  np.load imports it when called: a fork meanwhile would hang the child
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxformer.tokenizers import frozen
 from jaxformer.tokenizers.ragged import ragged
 
 DELETED, MARK, PUNCTUATION = 1 << 8, 1 << 9, 1 << 10
@@ -39,15 +38,10 @@ class Replacements(NamedTuple):
         return replaced
 
 
-def _frozen(*names: str) -> list[np.ndarray]:
-    with np.load(pathlib.Path(__file__).with_name("bert_tables.npz")) as file:
-        return [file[name] for name in names]
-
-
 @functools.cache
 def traits() -> np.ndarray:
     """Bits and rank of every code point: uint16, read-only."""
-    runs, lengths = _frozen("traits", "lengths")
+    runs, lengths = frozen.read("bert_traits")
     table = np.repeat(runs, lengths)
     table.setflags(write=False)
     return table
@@ -56,7 +50,7 @@ def traits() -> np.ndarray:
 @functools.cache
 def upper() -> Replacements:
     """What lowering makes of letters, each by itself."""
-    keys, sizes, parts = _frozen("upper", "upper_sizes", "upper_parts")
+    keys, sizes, parts = frozen.read("bert_upper")
     return Replacements(keys, sizes.astype(np.int64), parts)
 
 
@@ -67,7 +61,7 @@ def composed() -> Replacements:
     References:
         The Unicode Standard 16.0, section 3.12, "Hangul Syllable Decomposition".
     """
-    keys, sizes, parts = _frozen("composed", "composed_sizes", "composed_parts")
+    keys, sizes, parts = frozen.read("bert_composed")
     index = np.arange(11172)
     jamo = np.stack([0x1100 + index // 588, 0x1161 + index // 28 % 21, 0x11A7 + index % 28], 1)
     has_last = index % 28 > 0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxformer.tokenizers import bert_tables, unicode
+from jaxformer.tokenizers import bert_tables, cutting, unicode
 from jaxformer.tokenizers.bert_tables import DELETED, MARK, PUNCTUATION, RANK
 from jaxformer.tokenizers.ragged import ragged
 
@@ -255,27 +255,8 @@ class _Spelled(dict[int, str]):
 
 
 def blocks(texts: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Groups texts into blocks of bounded size, cutting long ones where no word goes on.
-
-    Yields:
-        The parts of a block, and the indices of those that end a text.
-    """
-    block: list[str] = []
-    whole: list[int] = []
-    size = 0
-    for text in texts:
-        start = 0
-        while len(text) - start > _BLOCK and (match := _CUT.search(text, start + _BLOCK)):
-            yield [*block, text[start : match.start()]], np.array(whole, np.int64)
-            block, whole, size, start = [], [], 0, match.start()
-        block.append(text[start:])
-        whole.append(len(block) - 1)
-        size += len(text) - start
-        if size >= _BLOCK:
-            yield block, np.array(whole, np.int64)
-            block, whole, size = [], [], 0
-    if block:
-        yield block, np.array(whole, np.int64)
+    """Groups texts into blocks of bounded size; see `cutting.blocks`."""
+    return cutting.blocks(texts, _BLOCK, _CUT)
 
 
 def _bounds(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

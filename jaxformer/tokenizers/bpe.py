@@ -9,24 +9,31 @@ import dataclasses
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from jaxformer.tokenizers import merging, patterns, pretokens, wordtable
+from jaxformer.tokenizers import (
+    bpe_training,
+    byte_alphabet,
+    cutting,
+    merging,
+    patterns,
+    pretokens,
+    word_ids,
+)
 from jaxformer.tokenizers.patterns import Pattern
-from jaxformer.tokenizers.ragged import grown, ragged
-from jaxformer.tokenizers.tokenizer import Ids, Tokenizer
+from jaxformer.tokenizers.ragged import ragged
+from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer
 
 _SHORT = 256  # characters up to which a dictionary of words beats arrays
 _BLOCK = 1 << 21  # characters that are cut into words at once
 _SHORT_WORDS = 1 << 16  # bound of that dictionary
-_WORDS, _POOL = 1 << 19, 1 << 23  # bounds of a table: words, and ids of all words
 _LONG = 256  # bytes from which a word is merged by itself
 
 # White space after a letter or a digit starts a word in every known pattern: text may be cut there.
-_SAFE = re.compile("[0-9A-Za-zà-öа-яא-תぁ-んァ-ヺ一-鿿가-힣][ \n]")
+_SAFE = re.compile("(?<=[0-9A-Za-zà-öа-яא-תぁ-んァ-ヺ一-鿿가-힣])[ \n]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -57,7 +64,6 @@ class Bpe(Tokenizer):
     whole_words: bool = False
     _ids: dict[bytes, int] = dataclasses.field(init=False)
     _results: np.ndarray = dataclasses.field(init=False)
-    _idle: "list[_IdTable]" = dataclasses.field(init=False)  # those that no thread is using
     _known: dict[str, list[int]] = dataclasses.field(init=False)  # words of short texts
 
     def __post_init__(self) -> None:
@@ -67,7 +73,7 @@ class Bpe(Tokenizer):
         merges = np.array(self.merges, np.int32).reshape(-1, 2)
         merges.setflags(write=False)
         results = _results(self.tokens, ids, merges)
-        vars(self).update(merges=merges, _ids=ids, _results=results, _idle=[], _known={})
+        vars(self).update(merges=merges, _ids=ids, _results=results, _known={})
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +106,7 @@ class Bpe(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         if len(text) > _SHORT:
-            return self._listed(self._encode_flat([text])[0])
+            return self._boxed(self._encode_flat([text])[0]).tolist()
         words = self._words(text)
         try:
             return list(itertools.chain.from_iterable(map(self._known.__getitem__, words)))
@@ -124,8 +130,8 @@ class Bpe(Tokenizer):
         self._known.update(found)
         return found
 
-    def _listed(self, ids: np.ndarray) -> list[int]:
-        return self._engine.integers[ids].tolist()
+    def _boxed(self, ids: np.ndarray) -> np.ndarray:
+        return self._engine.integers[ids]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Encodes any bytes; those that are no UTF-8 count as characters that are no letters."""
@@ -141,7 +147,7 @@ class Bpe(Tokenizer):
         if starts is None:
             return self._encode_by_regex(texts)
         blocks, ends, offset = [], [], 0
-        for block, whole in _blocks(texts):
+        for block, whole in cutting.blocks(texts, _BLOCK, _SAFE):
             flat, block_ends = self._encode_block(block, starts)
             blocks.append(flat)
             ends.append((block_ends + offset)[whole])
@@ -158,8 +164,8 @@ class Bpe(Tokenizer):
         filled = [text for text in texts if text]
         if not filled:
             return np.zeros(0, np.int32), np.zeros(len(texts), np.int64)
-        data, first, lengths, breaks = cut(filled, starts)
-        flat, ends = self._look_up(data, first, lengths)
+        data, first, lengths, breaks = cutting.cut(filled, starts)
+        flat, ends = self._engine.words.look_up(data, first, lengths)
         ends = np.append(0, ends)[np.append(breaks, first.size)]
         if len(filled) == len(texts):
             return flat, ends
@@ -174,24 +180,8 @@ class Bpe(Tokenizer):
 
     def _encode_words(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.fromiter(map(len, words), np.int64, len(words))
-        return self._look_up(b"".join(words), np.cumsum(lengths) - lengths, lengths)
-
-    def _look_up(
-        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words, one after the other, and where each word's end.
-
-        A table is taken from the idle ones and given back: threads never share one, a fork finds
-        none half changed, and an interrupt loses the one in use.
-        """
-        try:
-            table = self._idle.pop()
-        except IndexError:
-            table = _IdTable(self._engine)
-        result = table.ids(data, starts, lengths)
-        if not table.is_full:
-            self._idle.append(table)
-        return result
+        starts = np.cumsum(lengths) - lengths
+        return self._engine.words.look_up(b"".join(words), starts, lengths)
 
     @property
     def _engine(self) -> "_Engine":
@@ -244,33 +234,63 @@ class Bpe(Tokenizer):
 
 
 def train(
-    texts: Iterable[str],
+    texts: Texts,
     *,
     vocab_size: int,
     min_frequency: int = 0,
     special_tokens: Sequence[str] = (),
     pattern: Pattern = patterns.GPT2,
-    progress=None,
+    progress: bpe_training.Progress | None = None,
 ) -> Bpe:
-    from jaxformer.tokenizers import bpe_training
+    """Learns a byte-level vocabulary: the ids are special tokens, 256 bytes, merges.
 
-    return bpe_training.train(
-        texts,
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=special_tokens,
-        pattern=pattern,
-        progress=progress,
+    Each merge joins the pair with the highest count over all words; of equals, the one with the
+    smaller left id, then right id. This is what the `BpeTrainer` of Hugging Face does with the
+    byte-level alphabet, tie for tie. The order of the texts does not matter.
+
+    Args:
+        texts: Documents, as strings or paths of files; words never reach from one into the next.
+        vocab_size: Size of the vocabulary; training ends before it if no pair is left.
+        min_frequency: The count that a pair needs to be merged. The token may be rarer in the end.
+        special_tokens: Names; none is looked for in the texts.
+        pattern: How texts are cut into words.
+        progress: Called with the number of merges made and wanted.
+
+    Raises:
+        ValueError: If the vocabulary is smaller than the special tokens and 256 bytes, or special
+            tokens repeat.
+
+    References:
+        Sennrich et al. 2016, algorithm 1. https://arxiv.org/abs/1508.07909
+    """
+    special = {name: i for i, name in enumerate(special_tokens)}
+    if len(special) < len(special_tokens):
+        raise ValueError(f"Special tokens repeat: {', '.join(special_tokens)}.")
+    smallest = len(special) + 256
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} is smaller than the alphabet: {len(special)} special tokens "
+            f"and 256 bytes need {smallest}."
+        )
+    order = byte_alphabet.order()
+    words, lengths, counts = bpe_training.count_words(texts, pattern)
+    ids = np.zeros(256, np.int32)
+    ids[order] = np.arange(len(special), smallest)
+    tokens: list[bytes | None] = [None] * len(special) + [bytes([byte]) for byte in order]
+    merges = bpe_training.merge_words(
+        ids[words], lengths, counts, tokens, vocab_size - smallest, min_frequency, progress
     )
+    return Bpe(tokens=tuple(tokens), merges=merges, pattern=pattern, special_tokens=special)
 
 
 class _Engine:
-    """What encoding needs of a tokenizer; made once and never changed."""
+    """What encoding needs of a tokenizer; made once."""
 
     def __init__(self, tokenizer: Bpe) -> None:
         self.starts = tokenizer.pattern.starts
         self.merges = merging.Merges(tokenizer.merges, tokenizer._results)
-        self.whole = tokenizer._ids if tokenizer.whole_words else {}
+        self._whole = tokenizer._ids if tokenizer.whole_words else {}
+        self.words = word_ids.WordIds(self.encode)
         ids = tokenizer._ids
         self.byte_ids = np.array([ids.get(bytes([i]), -1) for i in range(256)], np.int32)
         self.bytes_of = {i: token for i, token in enumerate(tokenizer.tokens) if token is not None}
@@ -278,8 +298,19 @@ class _Engine:
         self._size = tokenizer.vocab_size
         self.integers = np.arange(self._size).astype(object)  # shared by all lists: none is made
 
-    def merge(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Merges distinct words: their symbols, word after word, and the number for each."""
+    def encode(self, octets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of distinct words, word after word, and their number for each."""
+        symbols = self.byte_ids[octets]
+        if symbols.size and int(symbols.min()) < 0:
+            byte = int(octets[symbols < 0][0])
+            raise ValueError(f"The vocabulary has no token for the byte 0x{byte:02X}.")
+        merged, counts = self._merge(symbols, lengths)
+        return (
+            self._whole_words(octets, lengths, merged, counts) if self._whole else (merged, counts)
+        )
+
+    def _merge(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Merges the long words with each other, and the others."""
         long = lengths > _LONG
         if not long.any():
             return self.merges.merge_words(symbols, lengths)
@@ -297,6 +328,20 @@ class _Engine:
         merged[~of_long], merged[of_long] = parts
         return merged, counts
 
+    def _whole_words(
+        self, octets: np.ndarray, lengths: np.ndarray, merged: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Words that are tokens become them, whatever the merges gave."""
+        data, bounds = octets.tobytes(), [0, *np.cumsum(lengths).tolist()]
+        words = (data[start:end] for start, end in itertools.pairwise(bounds))
+        found = np.array([self._whole.get(word, -1) for word in words], np.int32)
+        hit = found >= 0
+        first = np.cumsum(counts) - counts
+        keep = np.ones(merged.size, bool)
+        keep[ragged(first[hit] + 1, counts[hit] - 1)] = False
+        merged[first[hit]] = found[hit]
+        return merged[keep], np.where(hit, 1, counts)
+
     @property
     def spelling(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All tokens' bytes in a row, each id's first byte and number of bytes: -1 where unused."""
@@ -308,155 +353,6 @@ class _Engine:
             blob = np.frombuffer(b"".join(filter(None, tokens)), np.uint8)
             made = vars(self)["_spelling"] = (blob, np.cumsum(filled) - filled, lengths)
         return made
-
-
-class _IdTable:
-    """The ids of every word seen; for one thread at a time."""
-
-    def __init__(self, engine: _Engine) -> None:
-        self._engine = engine
-        self._table = wordtable.WordTable()
-        self._pool = np.zeros(1 << 14, np.int32)
-        self._used = 0
-        self._place = np.zeros(1 << 14, np.int64)  # a word's first id in the pool << 32 | how many
-        self._placed = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self._table.size > _WORDS or self._used > _POOL
-
-    def ids(
-        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words, one after the other, and where each word's end."""
-        words = self._table.number(data, starts, lengths)
-        if self._table.size > self._placed:
-            self._add_new()
-        place = self._place[words]
-        count = place & 0xFFFFFFFF
-        ends = np.cumsum(count)
-        index = np.repeat((place >> 32) - (ends - count), count)
-        index += np.arange(index.size)
-        return self._pool[index], ends
-
-    def _add_new(self) -> None:
-        """Merges the words that have no ids yet: the long ones one by one, the others at once."""
-        table, first = self._table, self._placed
-        octets, lengths = table.spelling(first)
-        symbols = self._engine.byte_ids[octets]
-        if symbols.size and int(symbols.min()) < 0:
-            byte = int(octets[symbols < 0][0])
-            raise ValueError(f"The vocabulary has no token for the byte 0x{byte:02X}.")
-        starts = np.cumsum(lengths) - lengths
-        merged, counts = self._engine.merge(symbols, lengths)
-        if self._engine.whole:
-            merged, counts = self._whole_words(octets, starts, lengths, merged, counts)
-        self._store(merged, counts)
-
-    def _whole_words(
-        self,
-        octets: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        merged: np.ndarray,
-        counts: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Words that are tokens become them, whatever the merges gave."""
-        data, whole = octets.tobytes(), self._engine.whole
-        found = np.array(
-            [whole.get(data[i : i + n], -1) for i, n in zip(starts.tolist(), lengths.tolist())],
-            np.int32,
-        )
-        hit = found >= 0
-        first = np.cumsum(counts) - counts
-        keep = np.ones(merged.size, bool)
-        keep[ragged(first[hit] + 1, counts[hit] - 1)] = False
-        merged[first[hit]] = found[hit]
-        return merged[keep], np.where(hit, 1, counts)
-
-    def _store(self, ids: np.ndarray, counts: np.ndarray) -> None:
-        used, size = self._used + ids.size, self._placed + counts.size
-        self._pool = grown(self._pool, self._used, used)
-        self._pool[self._used : used] = ids
-        self._place = grown(self._place, self._placed, size)
-        offsets = self._used + np.cumsum(counts) - counts
-        self._place[self._placed : size] = (offsets << 32) | counts
-        self._used, self._placed = used, size
-
-
-def cut(
-    texts: Sequence[str], starts: pretokens.Starts
-) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts non-empty texts into words.
-
-    Bytes that are no UTF-8 stand in the texts as the surrogates of `surrogateescape`.
-
-    Returns:
-        The bytes of all texts, the first byte and the number of bytes of each word, and for each
-        text but the first the number of words before it.
-    """
-    joined = texts[0] if len(texts) == 1 else "\n".join(texts)
-    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-    gaps = np.cumsum(sizes[:-1]) + np.arange(sizes.size - 1)
-    if joined.isascii():
-        data = bytearray(joined, "ascii")
-        np.frombuffer(data, np.uint8)[gaps] = pretokens.BREAK_BYTE
-        data = bytes(data)
-        bounds = np.flatnonzero(starts(data))
-    else:
-        codes = np.frombuffer(bytearray(joined.encode("utf-32-le", "surrogatepass")), "<u4")
-        codes[gaps] = pretokens.BREAK_CODE
-        data = joined.encode("utf-8", "surrogateescape")
-        position = _byte_positions(data, codes)
-        bounds, gaps = position[np.flatnonzero(starts(codes))], position[gaps]
-    first = bounds[:-1]
-    lengths = bounds[1:] - first
-    if not gaps.size:
-        return data, first, lengths, gaps
-    is_word = np.ones(first.size, bool)
-    breaks = np.searchsorted(first, gaps)
-    is_word[breaks] = False
-    return data, first[is_word], lengths[is_word], breaks - np.arange(breaks.size)
-
-
-def _byte_positions(data: bytes, codes: np.ndarray) -> np.ndarray:
-    """The first byte of each character, and the end."""
-    octets = np.frombuffer(data, np.int8)
-    lead = np.flatnonzero(octets >= -64)  # every byte but those that continue a character
-    if lead.size != codes.size:  # some bytes are no UTF-8
-        width = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-        width[(codes >= 0xDC80) & (codes <= pretokens.BREAK_CODE)] = 1
-        return np.append(0, np.cumsum(width))
-    return np.append(lead, octets.size)
-
-
-def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Groups texts into blocks of bounded size, cutting long ones where a word surely starts.
-
-    Yields:
-        The parts of a block, and the indices of those that end a text.
-    """
-    block: list[str] = []
-    whole: list[int] = []
-    size = 0
-    for text in texts:
-        start = 0
-        while True:
-            end = len(text)
-            if end - start > _BLOCK and (match := _SAFE.search(text, start + _BLOCK)):
-                end = match.start() + 1
-            block.append(text if end - start == len(text) else text[start:end])
-            size += end - start
-            start = end
-            if end == len(text):
-                whole.append(len(block) - 1)
-            if size >= _BLOCK:
-                yield block, np.array(whole, np.int64)
-                block, whole, size = [], [], 0
-            if end == len(text):
-                break
-    if block:
-        yield block, np.array(whole, np.int64)
 
 
 def _check_tokens(tokens: tuple[bytes | None, ...], ids: dict[bytes, int], special: Any) -> None:

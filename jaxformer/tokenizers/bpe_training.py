@@ -6,14 +6,14 @@ once: as many as surely come next, in their order, whatever the others give birt
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxformer.tokenizers import bpe, patterns
+from jaxformer.tokenizers import cutting
 from jaxformer.tokenizers.patterns import Pattern
 from jaxformer.tokenizers.ragged import grown, ragged
-from jaxformer.tokenizers.tokenizer import checked
+from jaxformer.tokenizers.tokenizer import Texts, documents
 from jaxformer.tokenizers.wordtable import WordTable
 
 Progress = Callable[[int, int], None]
@@ -21,63 +21,8 @@ Progress = Callable[[int, int], None]
 _BLOCK = 1 << 21  # characters counted at once
 _FRONT = 2000  # candidates kept in order
 
-BYTE_ORDER = (*range(33, 127), *range(161, 173), *range(174, 256))
-BYTE_ORDER = (*BYTE_ORDER, *(byte for byte in range(256) if byte not in BYTE_ORDER))
-"""The bytes in the order of GPT-2's printable stand-ins for them, which is that of their ids."""
 
-
-def train(
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    min_frequency: int = 0,
-    special_tokens: Sequence[str] = (),
-    pattern: Pattern = patterns.GPT2,
-    progress: Progress | None = None,
-) -> "bpe.Bpe":
-    """Learns a byte-level vocabulary: the ids are special tokens, 256 bytes, merges.
-
-    Each merge joins the pair with the highest count over all words; of equals, the one with the
-    smaller left id, then right id. This is what the `BpeTrainer` of Hugging Face does with the
-    byte-level alphabet, tie for tie. The order of the texts does not matter.
-
-    Args:
-        texts: Documents; words never reach from one into the next.
-        vocab_size: Size of the vocabulary; training ends before it if no pair is left.
-        min_frequency: The count that a pair needs to be merged. The token may be rarer in the end.
-        special_tokens: Names; none is looked for in the texts.
-        pattern: How texts are cut into words.
-        progress: Called with the number of merges made and wanted.
-
-    Raises:
-        ValueError: If the vocabulary is smaller than the special tokens and 256 bytes, or special
-            tokens repeat.
-
-    References:
-        Sennrich et al. 2016, algorithm 1. https://arxiv.org/abs/1508.07909
-    """
-    special = {name: i for i, name in enumerate(special_tokens)}
-    if len(special) < len(special_tokens):
-        raise ValueError(f"Special tokens repeat: {', '.join(special_tokens)}.")
-    smallest = len(special) + 256
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is smaller than the alphabet: {len(special)} special tokens "
-            f"and 256 bytes need {smallest}."
-        )
-    words, lengths, counts = count_words(texts, pattern)
-    ids = np.zeros(256, np.int32)
-    ids[list(BYTE_ORDER)] = np.arange(len(special), smallest)
-    tokens: list[bytes | None] = [None] * len(special) + [bytes([byte]) for byte in BYTE_ORDER]
-    merges = merge_words(
-        ids[words], lengths, counts, tokens, vocab_size - smallest, min_frequency, progress
-    )
-    return bpe.Bpe(tokens=tuple(tokens), merges=merges, pattern=pattern, special_tokens=special)
-
-
-def count_words(
-    texts: Iterable[str], pattern: Pattern
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def count_words(texts: Texts, pattern: Pattern) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts distinct words.
 
     Returns:
@@ -92,12 +37,12 @@ def count_words(
     return (*table.spelling(), counts)
 
 
-def _grouped(texts: Iterable[str]) -> Iterable[list[str]]:
+def _grouped(texts: Texts) -> Iterable[list[str]]:
     block: list[str] = []
     size = 0
-    for text in texts:
+    for text in documents(texts):
         if text:
-            block.append(checked(text))
+            block.append(text)
             size += len(text)
         if size >= _BLOCK:
             yield block
@@ -109,7 +54,7 @@ def _grouped(texts: Iterable[str]) -> Iterable[list[str]]:
 def _cut(texts: list[str], pattern: Pattern) -> tuple[bytes, np.ndarray, np.ndarray]:
     starts = pattern.starts
     if starts is not None:
-        return bpe.cut(texts, starts)[:3]
+        return cutting.cut(texts, starts)[:3]
     words = [word.encode() for text in texts for word in pattern.split(text)]
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     return b"".join(words), np.cumsum(lengths) - lengths, lengths

@@ -24,6 +24,11 @@ def characters() -> np.ndarray:
     return codes
 
 
+def order() -> list[int]:
+    """The bytes in the order of their characters, which is that of their ids after training."""
+    return np.argsort(characters()).tolist()
+
+
 def write(tokens: Sequence[bytes]) -> list[str]:
     """Writes each token's bytes as characters."""
     codes = characters()[np.frombuffer(b"".join(tokens), np.uint8)]

@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from jaxformer.tokenizers import bpe_training, hf_json, listed, merging, unicode
 from jaxformer.tokenizers.listed import Listed
-from jaxformer.tokenizers.tokenizer import Ids
+from jaxformer.tokenizers.tokenizer import Ids, Texts, documents
 
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 64  # characters
@@ -203,7 +203,7 @@ class CharBpe(Listed):
 
 
 def train(
-    texts: Iterable[str],
+    texts: Texts,
     *,
     vocab_size: int,
     min_frequency: int = 0,
@@ -267,9 +267,9 @@ def _named(special_tokens: Sequence[str], unknown: str | None) -> dict[str, int]
     return {name: i for i, name in enumerate(names)}
 
 
-def _count(texts: Iterable[str], end_of_word: str) -> collections.Counter[str]:
+def _count(texts: Texts, end_of_word: str) -> collections.Counter[str]:
     words: collections.Counter[str] = collections.Counter()
-    for text in listed.several(texts):
+    for text in documents(texts):
         words.update(_word().findall(text))
     if held := next((word for word in words if end_of_word in word), None):
         raise ValueError(f"The word {held!r:.80} holds the mark {end_of_word!r} itself.")

@@ -1,7 +1,7 @@
 """Tokenizers whose vocabulary is a list of strings: their base, and how the list is made."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxformer.tokenizers.tokenizer import Tokenizer
@@ -111,13 +111,6 @@ def fields(data: Mapping[str, Any], kind: str, **types: type | tuple[type, ...])
         if not isinstance(token, str | None):
             raise ValueError(f"A token of {kind!r} is no string: {token!r:.50}.")
     return {name: tuple(x) if isinstance(x := data[name], list) else x for name in types}
-
-
-def several(texts: Iterable[str]) -> Iterable[str]:
-    """Refuses one string where several are meant."""
-    if isinstance(texts, str):
-        raise ValueError("train takes several texts, got one string.")
-    return texts
 
 
 def by_frequency(counts: Mapping[str, int]) -> list[str]:

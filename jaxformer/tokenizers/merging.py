@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxformer.tokenizers.ragged import ragged
+from jaxformer.tokenizers.ragged import distinct, ragged
 
 NONE = np.int32(2**31 - 1)
 """The rank of a pair that does not merge."""
@@ -204,7 +204,8 @@ class Merges:
         _wait(waiting, heap, np.flatnonzero(rank_at != NONE), rank_at)
         while heap:
             rank = heapq.heappop(heap)
-            at = _sorted_once(waiting.pop(rank))
+            parts = waiting.pop(rank)
+            at = parts[0] if len(parts) == 1 else distinct(*parts)
             at = at[rank_at[at] == rank]
             if not at.size:
                 continue
@@ -216,7 +217,7 @@ class Merges:
             rank_at[gone] = NONE
             after[at] = follows
             before[follows] = at
-            changed = _sorted_once([at, before[at][before[at] >= 0]])
+            changed = distinct(at, before[at][before[at] >= 0])
             follows = after[changed]
             fresh = self.ranks(symbols[changed], symbols[follows])
             fresh[follows == size] = NONE
@@ -247,16 +248,8 @@ def _nested(merges: np.ndarray, results: np.ndarray) -> bool:
         return True
     made = np.full(int(max(merges.max(), results.max())) + 1, -1)
     made[results] = np.arange(len(results))
-    once = np.unique(results).size == results.size
+    once = distinct(results).size == results.size
     return once and bool((made[merges] < np.arange(len(results))[:, None]).all())
-
-
-def _sorted_once(parts: list[np.ndarray]) -> np.ndarray:
-    """Joins sorted arrays to one sorted array without repetition."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = np.sort(np.concatenate(parts), kind="stable")  # quick where runs are in order
-    return joined[np.append(True, joined[1:] != joined[:-1])]
 
 
 def _every_second(at: np.ndarray, overlaps: np.ndarray) -> np.ndarray:

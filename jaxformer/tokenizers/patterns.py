@@ -48,7 +48,7 @@ class Pattern:
     def starts(self) -> Callable[[bytes | np.ndarray], np.ndarray] | None:
         """The array form, if the pattern is a known one: see `pretokens.form`."""
         name = known().get(self.regex)
-        return None if name is None else pretokens.form(*name)
+        return None if name is None else pretokens.form(*name, self.split)
 
     def compiled(self, ascii_only: bool) -> re.Pattern[str]:
         """The expression for Python's `re`; the form for ASCII text is much the smaller."""

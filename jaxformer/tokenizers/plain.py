@@ -1,14 +1,14 @@
 """The simple tokenizers, which the others are compared with: bytes, characters and words."""
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxformer.tokenizers import listed, patterns, unicode
 from jaxformer.tokenizers.listed import Listed
-from jaxformer.tokenizers.tokenizer import Ids, Tokenizer
+from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, documents
 
 WORDS = patterns.Pattern(r" ?\S+|\s+?(?= \S)|\s+")
 """Cuts text into words, each with the one space before it, and what other white space there is."""
@@ -74,7 +74,7 @@ class Characters(Listed):
     @classmethod
     def train(
         cls,
-        texts: Iterable[str],
+        texts: Texts,
         *,
         vocab_size: int | None = None,
         min_frequency: int = 1,
@@ -99,7 +99,7 @@ class Characters(Listed):
                 `vocab_size` does not hold the special tokens.
         """
         counts: collections.Counter[str] = collections.Counter()
-        for text in listed.several(texts):
+        for text in documents(texts):
             counts.update(text)
         return cls(
             **listed.most_frequent(counts, (), vocab_size, min_frequency, special_tokens, unknown)
@@ -193,7 +193,7 @@ class Words(Listed):
     @classmethod
     def train(
         cls,
-        texts: Iterable[str],
+        texts: Texts,
         *,
         vocab_size: int | None = None,
         min_frequency: int = 1,
@@ -218,7 +218,7 @@ class Words(Listed):
                 does not hold the special tokens and the white space.
         """
         counts: collections.Counter[str] = collections.Counter()
-        for text in listed.several(texts):
+        for text in documents(texts):
             counts.update(WORDS.split(text))
         spaces = collections.Counter({" ": 1})
         for word, count in counts.items():

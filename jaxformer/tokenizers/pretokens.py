@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxformer.tokenizers import unicode
-from jaxformer.tokenizers.ragged import ragged
+from jaxformer.tokenizers.ragged import distinct, ragged
 
 LETTER, NUMBER, OTHER, SPACE, BREAK = range(5)
 UPPER, LOWER, UNCASED, MARK = range(5, 9)  # o200k tells letters apart, and marks from the others
@@ -22,8 +22,13 @@ BREAK_BYTE, BREAK_CODE = 0xFF, 0xDFFF  # neither occurs in text: no UTF-8, no Un
 Starts = Callable[[bytes | np.ndarray], np.ndarray]
 
 
-def form(family: str, digits: str) -> Starts:
+def form(family: str, digits: str, split: Callable[[str], list[str]]) -> Starts:
     """The array form of a published pattern.
+
+    Args:
+        family: Which pattern.
+        digits: Its policy.
+        split: The pattern itself, for stretches of text that are too rare to have a rule.
 
     Returns:
         A function of the code points: ASCII bytes with `BREAK_BYTE` between documents, or a uint32
@@ -34,7 +39,7 @@ def form(family: str, digits: str) -> Starts:
         "gpt2": _gpt2,
         "cl100k": _cl100k,
         "cl100k_tiktoken": functools.partial(_cl100k, keep_final_space=True),
-        "o200k": _o200k,
+        "o200k": functools.partial(_o200k, split=split),
     }[family]
     return functools.partial(rule, digits=digits)
 
@@ -97,9 +102,10 @@ def _contractions(codes: np.ndarray, at: np.ndarray, fold: bool) -> tuple[np.nda
         long_s = first == 0x17F
         first = np.where(first < 128, first | 32, 0)
         second = np.where(second < 128, second | 32, 0)
-    short = np.isin(first, np.frombuffer(b"sdmt", np.uint8)) | long_s
+    short = (first == 115) | (first == 100) | (first == 109) | (first == 116) | long_s
     pair = (first.astype(np.uint32) << 8) | second
-    long = np.isin(pair, [0x6C6C, 0x7665, 0x7265]) & (at + 2 < size) & (second < 128)
+    long = (pair == 0x6C6C) | (pair == 0x7665) | (pair == 0x7265)
+    long &= (at + 2 < size) & (second < 128)
     return at[short], at[long]
 
 
@@ -250,7 +256,9 @@ def _prefixes(starts: np.ndarray, kinds: np.ndarray, letter: np.ndarray) -> np.n
     return np.flatnonzero(prefix)
 
 
-def _o200k(text: bytes | np.ndarray, *, digits: str) -> np.ndarray:
+def _o200k(
+    text: bytes | np.ndarray, *, digits: str, split: Callable[[str], list[str]]
+) -> np.ndarray:
     codes, fine = _classes(text, fine=True)
     letter = fine >= UPPER
     kinds = fine * ~letter  # LETTER is 0
@@ -266,8 +274,8 @@ def _o200k(text: bytes | np.ndarray, *, digits: str) -> np.ndarray:
     _cut_numbers(starts, kinds, digits)
     if odd.size or suffix.size:
         uncased = (fine == UNCASED) | (fine == MARK)
-        odd = np.union1d(odd, suffix[uncased[np.minimum(suffix, codes.size - 1)]])
-        _redo(starts, codes, fine, odd, digits)
+        odd = distinct(odd, suffix[uncased[np.minimum(suffix, codes.size - 1)]])
+        _redo(starts, codes, fine, odd, split)
     return _closed(starts, kinds.size)
 
 
@@ -316,27 +324,28 @@ def _attach_suffixes(starts: np.ndarray, codes: np.ndarray, letter: np.ndarray) 
 
 
 def _redo(
-    starts: np.ndarray, codes: np.ndarray, fine: np.ndarray, odd: np.ndarray, digits: str
+    starts: np.ndarray,
+    codes: np.ndarray,
+    fine: np.ndarray,
+    odd: np.ndarray,
+    split: Callable[[str], list[str]],
 ) -> None:
     """Cuts the stretches around the odd places with the regular expression.
 
     A stretch reaches from white space after a letter or a number, where a word always starts, to
     the next such place.
     """
-    from jaxformer.tokenizers import patterns
-
     if not odd.size:
         return
-    solid = np.isin(fine, [UPPER, LOWER, UNCASED, NUMBER])
+    solid = (fine == NUMBER) | ((fine >= UPPER) & (fine != MARK))
     safe = np.flatnonzero((solid[:-1] & (fine[1:] == SPACE)) | (fine[1:] == BREAK)) + 1
-    safe = np.unique(np.concatenate([[0], safe, np.flatnonzero(fine == BREAK) + 1, [codes.size]]))
-    pattern = patterns.o200k(digits)
-    for i in np.unique(np.searchsorted(safe, odd, side="right")).tolist():
+    safe = distinct(np.array([0, codes.size]), safe, np.flatnonzero(fine == BREAK) + 1)
+    for i in distinct(np.searchsorted(safe, odd, side="right")).tolist():
         first, end = int(safe[i - 1]), int(safe[i])
         text = codes[first:end].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
         starts[first:end] = False
         place = first
-        for word in pattern.split(text):
+        for word in split(text):
             starts[place] = True
             place += len(word)
 

@@ -1,4 +1,4 @@
-"""Ranges of different lengths in one array."""
+"""Ranges of different lengths in one array, and what else NumPy has no quick word for."""
 
 import numpy as np
 
@@ -18,3 +18,13 @@ def grown(values: np.ndarray, used: int, size: int) -> np.ndarray:
     room = np.zeros((max(size, 2 * len(values)), *values.shape[1:]), values.dtype)
     room[:used] = values[:used]
     return room
+
+
+def distinct(*parts: np.ndarray) -> np.ndarray:
+    """The values of all parts, sorted and once each.
+
+    Quick where the parts are sorted. `np.unique` imports a module at its first call, which would
+    hang the child of a fork meanwhile.
+    """
+    joined = np.sort(np.concatenate(parts), kind="stable")
+    return joined[np.append(True, joined[1:] != joined[:-1])] if joined.size else joined

@@ -15,9 +15,15 @@ from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
+codecs.lookup("utf-32-le")  # imported here: a fork during an import would hang the child
+
 Kind = TypeVar("Kind", bound="Tokenizer")
 Ids = Iterable[SupportsIndex]
 """Tokens as whatever an index may be: Python's integers, NumPy's, an array of them."""
+
+
+Texts = Iterable[str | os.PathLike]
+"""Documents, as strings or as paths of files of UTF-8."""
 
 
 class Span(NamedTuple):
@@ -78,8 +84,9 @@ class Tokenizer(abc.ABC):
         flat = np.fromiter((token for part in parts for token in part), np.int32)
         return flat, ends
 
-    def _listed(self, ids: np.ndarray) -> list[int]:
-        return ids.tolist()
+    def _boxed(self, ids: np.ndarray) -> np.ndarray:
+        """The ids as an array of which `tolist` is quick: objects, where they are at hand."""
+        return ids
 
     # Encoding.
 
@@ -121,8 +128,8 @@ class Tokenizer(abc.ABC):
         if allow_special:
             return [self.encode(text, allow_special=allow_special) for text in texts]
         flat, ends = self._encode_flat([checked(text) for text in texts])
-        tokens, bounds = self._listed(flat), [0, *ends.tolist()]
-        return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
+        tokens = self._boxed(flat)
+        return [tokens[i:j].tolist() for i, j in itertools.pairwise([0, *ends.tolist()])]
 
     def encode_padded(
         self, texts: Sequence[str], *, pad: int, length: int | None = None
@@ -287,6 +294,22 @@ class Tokenizer(abc.ABC):
                 yield part, self.special_tokens[part]
             elif part:
                 yield part, None
+
+
+def documents(texts: Texts) -> Iterator[str]:
+    """What to train on: strings as they are, paths as the text of their files, each a document.
+
+    Raises:
+        ValueError: If it is one string instead of several, a string holds a lone surrogate, or a
+            file is no UTF-8, with its name and the line.
+    """
+    if isinstance(texts, str | os.PathLike):
+        raise ValueError(f"train takes several texts, got one {type(texts).__name__}.")
+    for text in texts:
+        if isinstance(text, str):
+            yield checked(text)
+        else:
+            yield utf8(pathlib.Path(text).read_bytes(), os.fspath(text))
 
 
 def checked(text: str) -> str:

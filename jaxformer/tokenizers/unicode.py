@@ -1,10 +1,10 @@
 """Character classes of Unicode 16, frozen, so that ids depend on no version of Python."""
 
 import functools
-import pathlib
-import zlib
 
 import numpy as np
+
+from jaxformer.tokenizers import frozen
 
 CATEGORIES = (
     *("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No"),
@@ -19,13 +19,9 @@ def categories() -> np.ndarray:
     """The general category of every code point: uint8 indices into `CATEGORIES`, read-only.
 
     References:
-        Unicode 16.0, UnicodeData.txt; `scripts/make_unicode_table.py` makes the file from it: the
-        lengths of the runs of one category, four bytes each, then a byte for each category. Reading
-        it imports nothing, so that a fork meanwhile leaves no lock of an import behind.
+        Unicode 16.0, UnicodeData.txt; `scripts/make_unicode_table.py` makes the table from it.
     """
-    data = zlib.decompress(pathlib.Path(__file__).with_name("unicode16.bin").read_bytes())
-    number = len(data) // 5
-    lengths, values = np.frombuffer(data, "<u4", number), np.frombuffer(data, np.uint8)[-number:]
+    lengths, values = frozen.read("unicode16")
     table = np.repeat(values, lengths)
     table.setflags(write=False)
     return table
@@ -34,7 +30,7 @@ def categories() -> np.ndarray:
 @functools.cache
 def is_space() -> np.ndarray:
     """Whether a code point has the property White_Space, for every code point; read-only."""
-    space = np.isin(categories(), [CATEGORIES.index(name) for name in ("Zs", "Zl", "Zp")])
+    space = members("Z")
     space[[*range(9, 14), 0x85]] = True
     space.setflags(write=False)
     return space
@@ -49,7 +45,9 @@ def members(name: str) -> np.ndarray:
     indices = [i for i, category in enumerate(CATEGORIES) if category.startswith(name)]
     if not name or not indices:
         raise ValueError(f"Unicode has no general category {name!r}.")
-    return np.isin(categories(), indices)
+    inside = np.zeros(len(CATEGORIES), bool)
+    inside[indices] = True
+    return inside[categories()]
 
 
 def runs(table: np.ndarray) -> list[tuple[int, int]]:

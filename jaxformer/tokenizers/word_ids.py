@@ -1,65 +1,79 @@
 """Keeps the ids of words, so that all words of many texts are looked up at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from jaxformer.tokenizers import wordtable
 from jaxformer.tokenizers.ragged import grown
 
-_WORDS, _POOL = 1 << 18, 1 << 22  # bounds: words, and ids of all words
+_WORDS, _POOL = 1 << 19, 1 << 23  # bounds of a table: words, and ids of all words
+
+Encode = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From the bytes of words, one after the other, and the bytes of each, to ids and their numbers."""
 
 
 class WordIds:
-    """The ids of every word seen; for one thread at a time.
+    """Looks up the ids of words, and has those encoded that are new; any thread may ask.
 
-    Attributes:
-        encode: Gives the ids of words that are new.
+    A table of what is known is taken from the idle ones and given back: threads never share one, a
+    fork finds none half changed, and an interrupt loses the one in use. A table that has grown
+    beyond a bound is given up.
     """
 
-    def __init__(self, encode: Callable[[Sequence[bytes]], list[list[int]]]) -> None:
-        self.encode = encode
-        self._table = wordtable.WordTable()
-        self._pool = np.zeros(1 << 14, np.int32)
-        self._used = 0
-        self._first = np.zeros(1 << 14, np.int64)  # where a word's ids lie in the pool
-        self._count = np.zeros(1 << 14, np.int64)
-        self._placed = 0
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._idle: list[_Table] = []
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it has grown so large that it should be given up."""
-        return self._placed > _WORDS or self._used > _POOL
-
-    def ids(
-        self, data: bytes, starts: np.ndarray, sizes: np.ndarray
+    def look_up(
+        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of words, one after the other, and where each word's end.
 
         Args:
             data: The bytes of many words.
             starts: First byte of each word.
-            sizes: Bytes of each word, at least 1.
+            lengths: Bytes of each word, at least 1.
         """
-        words = self._table.number(data, starts, sizes)
-        if self._table.size > self._placed:
-            self._add_new()
-        count = self._count[words]
+        try:
+            table = self._idle.pop()
+        except IndexError:
+            table = _Table(self._encode)
+        result = table.ids(data, starts, lengths)
+        if table.size <= _WORDS and table.used <= _POOL:
+            self._idle.append(table)
+        return result
+
+
+class _Table:
+    """The ids of every word seen; for one thread at a time."""
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._words = wordtable.WordTable()
+        self._pool = np.zeros(1 << 14, np.int32)
+        self.used = 0
+        self._place = np.zeros(1 << 14, np.int64)  # a word's first id in the pool << 32 | how many
+        self.size = 0
+
+    def ids(
+        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        words = self._words.number(data, starts, lengths)
+        if self._words.size > self.size:
+            self._store(*self._encode(*self._words.spelling(self.size)))
+        place = self._place[words]
+        count = place & 0xFFFFFFFF
         ends = np.cumsum(count)
-        index = np.repeat(self._first[words] - (ends - count), count)
+        index = np.repeat((place >> 32) - (ends - count), count)
         index += np.arange(index.size)
         return self._pool[index], ends
 
-    def _add_new(self) -> None:
-        octets, sizes = self._table.spelling(self._placed)
-        data, ends = octets.tobytes(), np.cumsum(sizes).tolist()
-        new = self.encode([data[start:end] for start, end in zip([0, *ends], ends)])
-        count = np.fromiter(map(len, new), np.int64, len(new))
-        used, size = self._used + int(count.sum()), self._placed + len(new)
-        self._pool = grown(self._pool, self._used, used)
-        self._pool[self._used : used] = [token for tokens in new for token in tokens]
-        self._first = grown(self._first, self._placed, size)
-        self._first[self._placed : size] = self._used + np.cumsum(count) - count
-        self._count = grown(self._count, self._placed, size)
-        self._count[self._placed : size] = count
-        self._used, self._placed = used, size
+    def _store(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        used, size = self.used + ids.size, self.size + counts.size
+        self._pool = grown(self._pool, self.used, used)
+        self._pool[self.used : used] = ids
+        self._place = grown(self._place, self.size, size)
+        offsets = self.used + np.cumsum(counts) - counts
+        self._place[self.size : size] = (offsets << 32) | counts
+        self.used, self.size = used, size

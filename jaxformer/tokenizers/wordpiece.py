@@ -81,7 +81,7 @@ class WordPiece(Listed):
         super().__post_init__()
         if self.max_characters < 1:
             raise ValueError(f"max_characters is at least 1, got {self.max_characters}.")
-        vars(self).update(_engine_cache=None, _idle=[], _known={})
+        vars(self).update(_engine_cache=None, _known={})
 
     @property
     def _engine(self) -> "_Engine":
@@ -114,11 +114,7 @@ class WordPiece(Listed):
         return np.concatenate(flats), np.concatenate(ends)
 
     def _encode_block(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts, one after the other, and where each text's end.
-
-        A table is taken from the idle ones and given back: threads never share one, a fork finds
-        none half changed, and an interrupt loses the one in use.
-        """
+        """The ids of texts, one after the other, and where each text's end."""
         data, starts, sizes, characters, text_ends = self._engine.cutter.cut(texts)
         too_long = characters > self.max_characters
         if too_long.any():
@@ -126,14 +122,7 @@ class WordPiece(Listed):
             self._engine.pieces(data[starts[i] : starts[i] + sizes[i]].decode())  # may refuse
             starts, sizes = np.where(too_long, len(data), starts), np.where(too_long, 1, sizes)
             data += _TOO_LONG
-        idle = vars(self)["_idle"]
-        try:
-            table = idle.pop()
-        except IndexError:
-            table = WordIds(self._engine.encode)
-        flat, word_ends = table.ids(data, starts, sizes)
-        if not table.is_full:
-            idle.append(table)
+        flat, word_ends = self._engine.words.look_up(data, starts, sizes)
         return flat, np.append(0, word_ends)[text_ends]
 
     def with_cls_sep(self, ids: Sequence[int], pair: Sequence[int] | None = None) -> list[int]:
@@ -276,6 +265,7 @@ class _Engine:
     def __init__(self, tokenizer: WordPiece) -> None:
         prefix, names = tokenizer.prefix, tokenizer.special_tokens
         self.cutter = bert_text.Cutter(tokenizer.text)
+        self.words = WordIds(self.encode)
         self._unknown, self._limit = tokenizer.unknown_id, tokenizer.max_characters
         self._heads = tokenizer._ids
         self._tails = {
@@ -293,11 +283,15 @@ class _Engine:
             for i, s in strings.items()
         }
 
-    def encode(self, words: Sequence[bytes]) -> list[list[int]]:
-        """The ids of each word."""
-        return [
+    def encode(self, octets: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of words, word after word, and their number for each."""
+        data, bounds = octets.tobytes(), [0, *np.cumsum(sizes).tolist()]
+        words = [data[start:end] for start, end in itertools.pairwise(bounds)]
+        ids = [
             self._failed("") if word == _TOO_LONG else self.pieces(word.decode()) for word in words
         ]
+        flat = np.array([token for some in ids for token in some], np.int32)
+        return flat, np.fromiter(map(len, ids), np.int64, len(ids))
 
     def pieces(self, word: str) -> list[int]:
         """The ids of one word."""

@@ -6,15 +6,14 @@ computed anew, as every merge changes them.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxformer.tokenizers import bert_text, wordpiece
 from jaxformer.tokenizers.bert_text import BertText
-from jaxformer.tokenizers.listed import several
 from jaxformer.tokenizers.ragged import grown
-from jaxformer.tokenizers.tokenizer import checked
+from jaxformer.tokenizers.tokenizer import Texts, documents
 from jaxformer.tokenizers.wordtable import WordTable
 
 Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
@@ -22,7 +21,7 @@ Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 and the right one are there, and the number of all pieces."""
 
 _PREFIX = "##"
-_LOW, _NOWHERE = (1 << 32) - 1, np.zeros(0, np.int64)
+_LOW = (1 << 32) - 1
 _EQUAL = 1e-12  # scores this near, relatively, are equal: logarithms differ between machines
 _TEXTS, _CHARACTERS = 1 << 10, 1 << 20  # bounds of what is counted at once
 
@@ -34,8 +33,8 @@ def likelihood(pair: np.ndarray, left: np.ndarray, right: np.ndarray, total: int
     times its count.
 
     References:
-        Schuster & Nakajima 2012, section 3, "the one that increases the likelihood on the training
-        data the most". https://doi.org/10.1109/ICASSP.2012.6289079
+        Schuster & Nakajima 2012, who add the unit that raises the likelihood of the training data
+        most. https://doi.org/10.1109/ICASSP.2012.6289079
     """
     return pair * np.log(total * pair / (left * right))
 
@@ -44,7 +43,8 @@ def ratio(pair: np.ndarray, left: np.ndarray, right: np.ndarray, total: int) -> 
     """count(pair) / (count(left) · count(right)), which is often given as WordPiece's score.
 
     It is highest, 1, for two pieces that occur once, together: with `min_frequency=1` it spells out
-    words that occur once before it makes any common one, and the vocabulary is useless.
+    words that occur once before it makes any common one, and the vocabulary is useless. It needs a
+    floor of dozens or more, and then runs out of pairs early.
     """
     return pair / (left * right)
 
@@ -55,7 +55,7 @@ def frequency(pair: np.ndarray, left: np.ndarray, right: np.ndarray, total: int)
 
 
 def train(
-    texts: Iterable[str],
+    texts: Texts,
     *,
     vocab_size: int,
     min_frequency: int = 5,
@@ -97,9 +97,9 @@ def train(
             repeat, `max_alphabet` is 0, or a text holds a lone surrogate.
 
     References:
-        Schuster & Nakajima 2012, section 3. https://doi.org/10.1109/ICASSP.2012.6289079 (one word
-        unit per step as there, but pieces that continue a word are marked, not those that start
-        one; the likelihood is that of single pieces instead of a language model).
+        Schuster & Nakajima 2012. https://doi.org/10.1109/ICASSP.2012.6289079 (one unit per step as
+        there, but marked are the pieces that continue a word, not those at its ends, and the
+        likelihood is that of independent pieces instead of a language model).
     """
     special = {name: i for i, name in enumerate(special_tokens)}
     if len(special) < len(special_tokens):
@@ -107,7 +107,7 @@ def train(
     if max_alphabet is not None and max_alphabet < 1:
         raise ValueError(f"max_alphabet is at least 1, got {max_alphabet}.")
     cutter = bert_text.Cutter(text)
-    words = _Words(*_count_words(several(texts), cutter, max_characters))
+    words = _Words(*_count_words(texts, cutter, max_characters))
     words.keep(_alphabet(words, max_alphabet))
     pieces, symbols = _characters(words, cutter)
     wanted = vocab_size - len(special) - len(pieces)
@@ -148,7 +148,7 @@ class _Words:
 
 
 def _count_words(
-    texts: Iterable[str], cutter: bert_text.Cutter, max_characters: int
+    texts: Texts, cutter: bert_text.Cutter, max_characters: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     table, counts = WordTable(), np.zeros(1 << 14, np.int64)
     for some in _batches(texts):
@@ -165,12 +165,12 @@ def _count_words(
     return codes, np.bincount(owner, minlength=sizes.size), counts[: table.size]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Texts) -> Iterator[list[str]]:
     """Groups texts, so that a stream of them is never held whole."""
     batch: list[str] = []
     size = 0
-    for text in texts:
-        batch.append(checked(text))
+    for text in documents(texts):
+        batch.append(text)
         size += len(text)
         if size >= _CHARACTERS or len(batch) == _TEXTS:
             yield batch
@@ -273,7 +273,7 @@ class _State:
 
     def _occurrences(self, pair: int) -> np.ndarray:
         """The first places of a pair; where it overlaps itself, every other from the left."""
-        places, self.places[pair] = self.places[pair], _NOWHERE
+        places, self.places[pair] = self.places[pair], np.zeros(0, np.int64)
         places = places[self.pair[places] == pair]
         if self.left[pair] != self.right[pair]:
             return places

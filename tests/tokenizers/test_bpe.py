@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxformer.tokenizers import bpe, merging, patterns
+from jaxformer.tokenizers import bpe, cutting, merging, patterns, word_ids, wordtable
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. It's 12345 o'clock, isn't it?\n\n"
@@ -77,7 +77,7 @@ def test_a_long_text_is_cut_only_where_a_word_surely_starts(tokenizer, monkeypat
     text = "".join(documents(100, seed=3))
     whole = tokenizer.encode(text)
     monkeypatch.setattr(bpe, "_BLOCK", 50)
-    assert len(list(bpe._blocks([text]))) > 5
+    assert len(list(cutting.blocks([text], 50, bpe._SAFE))) > 5
     assert tokenizer.encode(text) == whole
     assert tokenizer.encode_batch([text, "", "a", text, ""]) == [
         *(whole, [], tokenizer.encode("a"), whole, [])
@@ -180,12 +180,12 @@ def test_a_contradiction_is_refused(change, message):
 def test_a_bound_holds_what_is_remembered(tokenizer, monkeypatch):
     texts = documents(60, seed=8)
     expected = [plainly(tokenizer, text) for text in texts]
-    monkeypatch.setattr(bpe, "_WORDS", 20)
+    monkeypatch.setattr(word_ids, "_WORDS", 20)
     monkeypatch.setattr(bpe, "_SHORT_WORDS", 20)
     fresh = pickle.loads(pickle.dumps(tokenizer))
     assert [fresh.encode_array(text).tolist() for text in texts] == expected
     assert [fresh.encode(text) for text in texts] == expected
-    assert all(table._table.size <= 20 for table in fresh._idle)
+    assert all(table.size <= 20 for table in fresh._engine.words._idle)
     assert len(fresh._known) <= 20 + max(len(text) for text in texts)
 
 
@@ -194,7 +194,7 @@ def test_what_is_remembered_is_no_part_of_the_value(tokenizer):
     before = pickle.dumps(copy)
     assert copy.encode(TEXT * 9) == tokenizer.encode(TEXT * 9)
     assert copy.encode(TEXT[:50]) == tokenizer.encode(TEXT[:50])
-    assert copy._idle
+    assert copy._engine.words._idle
     assert copy._known
     assert pickle.dumps(copy) == before
     assert copy == tokenizer
@@ -209,9 +209,9 @@ def test_an_interrupt_in_the_middle_leaves_a_sound_tokenizer(tokenizer, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for place in ("_store", "_add_new"):
+    for part, place in ((word_ids._Table, "_store"), (wordtable.WordTable, "spelling")):
         with monkeypatch.context() as patch:
-            patch.setattr(bpe._IdTable, place, interrupted)
+            patch.setattr(part, place, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 fresh.encode_batch(["new words each time " + place * 3])
         assert fresh.encode_batch(texts) == expected
@@ -242,7 +242,7 @@ def test_eight_threads_get_the_ids_of_one(tokenizer):
     finally:
         sys.setswitchinterval(interval)
     assert list(found.values()) == [expected] * 8
-    assert len(fresh._idle) <= 8
+    assert len(fresh._engine.words._idle) <= 8
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from jaxformer.tokenizers import bpe, bpe_training, patterns
+from jaxformer.tokenizers import bpe, bpe_training, byte_alphabet, patterns
 
 SAMPLES = ("ab", "a", "abc", "abcdefgh ", "ab ", "aé日 ", "ab\n 's1", "the cat sat on a mat. ")
 
@@ -21,7 +21,7 @@ def corpus(seed: int) -> list[str]:
 
 def plainly(texts: list[str], wanted: int, least: int, pattern: patterns.Pattern) -> list[tuple]:
     """One merge at a time, all counted anew: what training means."""
-    index = {byte: i for i, byte in enumerate(bpe_training.BYTE_ORDER)}
+    index = {byte: i for i, byte in enumerate(byte_alphabet.order())}
     counts = collections.Counter(word for text in texts for word in pattern.split(text))
     words = {word: [index[byte] for byte in word.encode()] for word in counts}
     merges = []
@@ -85,7 +85,7 @@ def test_vocabulary_and_merges_are_those_of_hugging_face(seed):
     )
     vocab, merges = hugging_face(texts, size, least, special, pattern)
     assert found.merges.tolist() == merges
-    stand_in = dict(zip(bpe_training.BYTE_ORDER, sorted(c for c in vocab if len(c) == 1)))
+    stand_in = dict(zip(byte_alphabet.order(), sorted(c for c in vocab if len(c) == 1)))
     spelled = {
         "".join(stand_in[byte] for byte in token): i
         for i, token in enumerate(found.tokens)
@@ -157,3 +157,15 @@ def test_progress_tells_the_merges_made_and_ends_at_its_goal():
     bpe.train(corpus(9), vocab_size=500, progress=lambda done, wanted: told.append((done, wanted)))
     assert told[-1][0] == told[-1][1]
     assert told == sorted(told)
+
+
+def test_paths_are_read_as_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("aé日 " * 9)
+    assert bpe.train([tmp_path / "a.txt", "b"], vocab_size=300) == bpe.train(
+        ["aé日 " * 9, "b"], vocab_size=300
+    )
+    (tmp_path / "bad.txt").write_bytes(b"fine\nbad \xff")
+    with pytest.raises(ValueError, match=r"bad.txt is no UTF-8: line 2, byte 9"):
+        bpe.train([tmp_path / "bad.txt"], vocab_size=300)
+    with pytest.raises(ValueError, match="several texts, got one str"):
+        bpe.train("abc", vocab_size=300)

@@ -15,7 +15,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxformer.tokenizers import alphabets, kmers, plain
+from jaxformer.tokenizers import (
+    alphabets,
+    bpe,
+    char_bpe,
+    formats,
+    kmers,
+    patterns,
+    plain,
+    wordpiece,
+    wordpiece_training,
+)
 from jaxformer.tokenizers import tokenizer as tokenizer_module
 from jaxformer.tokenizers.tokenizer import Span, Tokenizer
 
@@ -36,10 +46,14 @@ BASES = ("", "A", "ACGT", "NNACGTNRYACGTACGTAC-.T", "ACG" * 200, "N", "AC")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How to make a tokenizer with the two special tokens, and texts that it encodes losslessly."""
+    """How to make a tokenizer with the two special tokens, and texts that it takes.
+
+    `lossless` says whether the texts come back.
+    """
 
     make: Callable[[], Tokenizer]
     texts: tuple[str, ...] = PROSE
+    lossless: bool = True
 
 
 def trained(kind):
@@ -54,6 +68,24 @@ KINDS = {
     "bytes": Kind(lambda: plain.Bytes(special_tokens={SHORT: 256, LONG: 257})),
     "characters": Kind(lambda: trained(plain.Characters)),
     "words": Kind(lambda: trained(plain.Words)),
+    "byte-level BPE": Kind(
+        lambda: bpe.train(PROSE, vocab_size=400, special_tokens=SPECIALS, pattern=patterns.CL100K)
+    ),
+    "BPE of characters": Kind(
+        lambda: char_bpe.train(
+            PROSE, vocab_size=200, special_tokens=[*SPECIALS, "<unk>"], unknown="<unk>"
+        ),
+        lossless=False,
+    ),
+    "WordPiece": Kind(
+        lambda: wordpiece_training.train(
+            PROSE,
+            vocab_size=200,
+            special_tokens=[*wordpiece.SPECIAL_TOKENS, *SPECIALS],
+            min_frequency=1,
+        ),
+        lossless=False,
+    ),
     "dna": Kind(dna, BASES),
     "dna, lower case kept": Kind(lambda: dna(lower="keep"), (*BASES, "ACGTacgtnN-")),
     "4-mers": Kind(lambda: kmers.kmers(dna(), 4, letters="ACGT"), BASES),
@@ -88,10 +120,19 @@ def test_decoding_undoes_encoding(tokenizer, kind):
     for text in kind.texts:
         ids = tokenizer.encode(text)
         assert all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in ids)
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.decode_bytes(ids) == text.encode()
-        assert tokenizer.decode(np.array(ids, np.int64)) == text
-        assert tokenizer.decode(iter(ids)) == text
+        if kind.lossless:
+            assert tokenizer.decode(ids) == text
+
+
+def test_every_way_to_decode_gives_the_same_text(tokenizer, kind):
+    for text in kind.texts:
+        ids = tokenizer.encode(text)
+        decoded = tokenizer.decode(ids)
+        assert tokenizer.decode_bytes(ids) == decoded.encode()
+        for dtype in (np.int32, np.int64, np.uint16):
+            assert tokenizer.decode(np.array(ids, dtype)) == decoded
+        assert tokenizer.decode(iter(ids)) == tokenizer.decode(tuple(ids)) == decoded
+        assert tokenizer.decode([np.int32(token) for token in ids]) == decoded
 
 
 def test_every_way_to_encode_gives_the_same_ids(tokenizer, kind):
@@ -128,14 +169,41 @@ def test_a_stream_gives_whole_characters_that_join_to_the_text(tokenizer, kind):
     for text in kind.texts:
         ids = tokenizer.encode(text)
         pieces = list(tokenizer.decode_stream(iter(ids)))
-        assert "".join(pieces) == text
+        assert "".join(pieces) == tokenizer.decode(ids)
         assert "\ufffd" not in "".join(pieces)
-        grown = ""
-        for piece in pieces:  # never more than is certain
-            grown += piece
-            assert text.startswith(grown)
     special = tokenizer.special_tokens[LONG]
     assert "".join(tokenizer.decode_stream([special])) == LONG
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte-level BPE"])
+def test_a_stream_that_ends_within_a_character_shows_it_at_the_end(name):
+    ids = shared(name).encode_bytes("aé".encode()[:-1])
+    assert list(shared(name).decode_stream(ids))[-1] == "\ufffd"
+    assert "".join(shared(name).decode_stream(ids)) == shared(name).decode(ids) == "a\ufffd"
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte-level BPE"])
+def test_tokenizers_of_bytes_take_any_bytes(name):
+    for seed in range(50):
+        data = random.Random(seed).randbytes(seed)
+        assert shared(name).decode_bytes(shared(name).encode_bytes(data)) == data
+
+
+def test_a_stream_gives_what_it_can_at_once(tokenizer, kind):
+    """Before the next id is taken, all is given but the beginning of a character."""
+    for text in kind.texts:
+        ids, given, taken = tokenizer.encode(text), "", []
+
+        def one_by_one(ids=ids, taken=taken):
+            for token in ids:
+                taken.append(token)
+                yield token
+
+        for piece in tokenizer.decode_stream(one_by_one()):
+            given += piece
+            known = tokenizer.decode_bytes(taken).decode("utf-8", "ignore")
+            assert known.rstrip(" ").startswith(given.rstrip(" "))
+            assert len(known) - len(given) <= (0 if kind.lossless else len(LONG))
 
 
 def test_ids_that_are_none_are_named_with_the_vocabulary_size(tokenizer):
@@ -179,7 +247,8 @@ def test_allowed_special_tokens_are_found_the_longest_first(tokenizer, kind):
     left, right = kind.texts[3], kind.texts[2]
     both = tokenizer.encode(f"{left}{LONG}{right}{SHORT}", allow_special=SPECIALS)
     assert both == [*tokenizer.encode(left), long, *tokenizer.encode(right), short]
-    assert tokenizer.decode(both) == f"{left}{LONG}{right}{SHORT}"
+    if kind.lossless:
+        assert tokenizer.decode(both) == f"{left}{LONG}{right}{SHORT}"
     assert tokenizer.encode_batch([LONG, left], allow_special={LONG, SHORT})[0] == [long]
     assert tokenizer.encode(SHORT, allow_special=[SHORT]) == [short]
     assert tokenizer.encode(SHORT * 2, allow_special=[LONG, SHORT]) == [short] * 2
@@ -241,7 +310,6 @@ def test_a_tokenizer_cannot_be_changed(tokenizer):
 def test_a_file_holds_the_whole_value(tokenizer, kind, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
-    formats = pytest.importorskip("jaxformer.tokenizers.formats")
     loaded = formats.load(path)
     assert loaded == tokenizer
     assert type(tokenizer).load(path) == tokenizer
@@ -295,16 +363,17 @@ def test_a_saved_file_has_the_usual_permissions(tmp_path):
 
 
 def test_eight_threads_sharing_one_tokenizer_give_its_ids(kind):
-    texts = [own_text(kind, 20, seed) for seed in range(16)]
-    expected = [kind.make().encode(text) for text in texts]
-    cold = kind.make()
+    texts = [own_text(kind, 8, seed) for seed in range(8)]
+    warm, cold = kind.make(), kind.make()
+    expected = [warm.encode(text) for text in texts]
+    decoded = [warm.decode(ids) for ids in expected]
 
     def work(seed):
         order = random.Random(seed).sample(range(len(texts)), len(texts))
         for i in order:
             assert cold.encode(texts[i]) == expected[i]
             assert cold.encode_array(texts[i]).tolist() == expected[i]
-            assert cold.decode(expected[i]) == texts[i]
+            assert cold.decode(expected[i]) == decoded[i]
         assert cold.encode_batch(texts) == expected
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -352,7 +421,7 @@ def test_a_process_forked_while_threads_encode_gives_the_same_ids():
 def test_tokenizers_import_no_jax():
     program = (
         "import sys\n"
-        "from jaxformer.tokenizers import alphabets, kmers, plain\n"
+        "from jaxformer.tokenizers import formats\n"
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -143,7 +143,7 @@ def test_what_cannot_be_trained_is_named():
         train(["ab"], vocab_size=8)
     with pytest.raises(ValueError, match="repeat"):
         train(["ab"], vocab_size=80, special_tokens=("[UNK]", "[UNK]"))
-    with pytest.raises(ValueError, match="got one string"):
+    with pytest.raises(ValueError, match="got one str"):
         train("ab", vocab_size=80)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         train(["ab"], vocab_size=80, max_alphabet=0)

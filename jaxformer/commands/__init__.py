@@ -1,0 +1,1 @@
+"""What the command line runs: a module for each group of commands."""

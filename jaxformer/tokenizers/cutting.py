@@ -1,0 +1,85 @@
+"""Cuts many texts into words at once, with the array form of a pattern."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxformer.tokenizers import pretokens
+
+
+def cut(
+    texts: Sequence[str], starts: pretokens.Starts
+) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts non-empty texts into words.
+
+    Bytes that are no UTF-8 stand in the texts as the surrogates of `surrogateescape`.
+
+    Returns:
+        The bytes of all texts, the first byte and the number of bytes of each word, and for each
+        text but the first the number of words before it.
+    """
+    joined = texts[0] if len(texts) == 1 else "\n".join(texts)
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    gaps = np.cumsum(sizes[:-1]) + np.arange(sizes.size - 1)
+    if joined.isascii():
+        data = bytearray(joined, "ascii")
+        np.frombuffer(data, np.uint8)[gaps] = pretokens.BREAK_BYTE
+        data = bytes(data)
+        bounds = np.flatnonzero(starts(data))
+    else:
+        codes = np.frombuffer(bytearray(joined.encode("utf-32-le", "surrogatepass")), "<u4")
+        codes[gaps] = pretokens.BREAK_CODE
+        data = joined.encode("utf-8", "surrogateescape")
+        position = _byte_positions(data, codes)
+        bounds, gaps = position[np.flatnonzero(starts(codes))], position[gaps]
+    first = bounds[:-1]
+    lengths = bounds[1:] - first
+    if not gaps.size:
+        return data, first, lengths, gaps
+    is_word = np.ones(first.size, bool)
+    breaks = np.searchsorted(first, gaps)
+    is_word[breaks] = False
+    return data, first[is_word], lengths[is_word], breaks - np.arange(breaks.size)
+
+
+def _byte_positions(data: bytes, codes: np.ndarray) -> np.ndarray:
+    """The first byte of each character, and the end."""
+    octets = np.frombuffer(data, np.int8)
+    lead = np.flatnonzero(octets >= -64)  # every byte but those that continue a character
+    if lead.size != codes.size:  # some bytes are no UTF-8
+        width = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+        width[(codes >= 0xDC80) & (codes <= pretokens.BREAK_CODE)] = 1
+        return np.append(0, np.cumsum(width))
+    return np.append(lead, octets.size)
+
+
+def blocks(
+    texts: Sequence[str], size: int, safe: re.Pattern[str]
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Groups texts into blocks of bounded size, cutting long ones at safe places.
+
+    Args:
+        texts: Any texts, empty ones too.
+        size: Characters of a block; more where no safe place is near.
+        safe: Matches where a text may be cut, before the match.
+
+    Yields:
+        The parts of a block, and the indices of those that end a text.
+    """
+    block: list[str] = []
+    whole: list[int] = []
+    filled = 0
+    for text in texts:
+        start = 0
+        while len(text) - start > size and (match := safe.search(text, start + size)):
+            yield [*block, text[start : match.start()]], np.array(whole, np.int64)
+            block, whole, filled, start = [], [], 0, match.start()
+        block.append(text[start:])
+        whole.append(len(block) - 1)
+        filled += len(text) - start
+        if filled >= size:
+            yield block, np.array(whole, np.int64)
+            block, whole, filled = [], [], 0
+    if block:
+        yield block, np.array(whole, np.int64)
