@@ -25,7 +25,7 @@ from jaxformer.tokenizers import (
 )
 from jaxformer.tokenizers.patterns import Pattern
 from jaxformer.tokenizers.ragged import ragged
-from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer
+from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, one_dimensional
 
 _SHORT = 256  # characters up to which a dictionary of words beats arrays
 _BLOCK = 1 << 21  # characters that are cut into words at once
@@ -68,12 +68,13 @@ class Bpe(Tokenizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ids = {token: i for i, token in enumerate(self.tokens) if token is not None}
-        _check_tokens(self.tokens, ids, self.special_tokens)
+        tokens = tuple(self.tokens)
+        ids = {token: i for i, token in enumerate(tokens) if token is not None}
+        _check_tokens(tokens, ids, self.special_tokens)
         merges = np.array(self.merges, np.int32).reshape(-1, 2)
         merges.setflags(write=False)
-        results = _results(self.tokens, ids, merges)
-        vars(self).update(merges=merges, _ids=ids, _results=results, _known={})
+        results = _results(tokens, ids, merges)
+        vars(self).update(tokens=tokens, merges=merges, _ids=ids, _results=results, _known={})
 
     @property
     def vocab_size(self) -> int:
@@ -199,7 +200,7 @@ class Bpe(Tokenizer):
             ValueError: If an id is none of this tokenizer's; it names the id and the vocabulary
                 size.
         """
-        if not isinstance(ids, np.ndarray):
+        if not isinstance(ids, np.ndarray) or ids.dtype == object:
             ids = ids if isinstance(ids, list | tuple) else list(ids)
             if len(ids) <= _SHORT:
                 return self._join(ids)
@@ -209,6 +210,7 @@ class Bpe(Tokenizer):
                 return self._join(ids)
         if not ids.size:
             return b""
+        one_dimensional(ids)
         blob, first, lengths = self._engine.spelling
         if int(ids.min()) < 0 or int(ids.max()) >= lengths.size:
             return self._join(ids.tolist())

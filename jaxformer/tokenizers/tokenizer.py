@@ -188,7 +188,7 @@ class Tokenizer(abc.ABC):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into bytes, without loss where the tokenizer is one of bytes."""
-        tokens = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        tokens = one_dimensional(ids).tolist() if isinstance(ids, np.ndarray) else ids
         return b"".join([self.token_bytes(token, first=not i) for i, token in enumerate(tokens)])
 
     def decode_stream(self, ids: Ids, *, errors: str = "replace") -> Iterator[str]:
@@ -294,6 +294,13 @@ class Tokenizer(abc.ABC):
                 yield part, self.special_tokens[part]
             elif part:
                 yield part, None
+
+
+def one_dimensional(ids: np.ndarray) -> np.ndarray:
+    """Refuses arrays that are no row of integers."""
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iuO"):
+        raise ValueError(f"Ids are a row of integers, got {ids.dtype} of shape {ids.shape}.")
+    return ids
 
 
 def documents(texts: Texts) -> Iterator[str]:

@@ -114,6 +114,12 @@ def test_an_id_that_is_none_is_named(tokenizer, number, bad):
             tokenizer.decode(np.array(ids))
 
 
+def test_an_array_that_is_no_row_of_integers_is_refused(tokenizer):
+    assert tokenizer.decode_bytes(np.zeros(0)) == b""
+    with pytest.raises(ValueError, match=r"row of integers, got int64 of shape \(2, 3\)"):
+        tokenizer.decode(np.zeros((2, 3), np.int64))
+
+
 def test_an_unused_id_below_the_size_is_none():
     tokens = (*(bytes([i]) for i in range(256)), None, b"ab")
     tokenizer = bpe.Bpe(tokens=tokens, merges=np.array([[97, 98]]))
