@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -20,7 +20,6 @@ from jaxformer.tokenizers import (
     cutting,
     merging,
     patterns,
-    pretokens,
     word_ids,
 )
 from jaxformer.tokenizers.patterns import Pattern
@@ -28,8 +27,10 @@ from jaxformer.tokenizers.ragged import ragged
 from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, one_dimensional
 
 _SHORT = 256  # characters up to which a dictionary of words beats arrays
-_BLOCK = 1 << 21  # characters that are cut into words at once
+_BLOCK = 1 << 17  # characters that are cut into words at once: what fits a cache
+_BLOCKS = 16  # of which the new words are merged at once
 _SHORT_WORDS = 1 << 16  # bound of that dictionary
+_IDS = 1 << 14  # decoded at once
 _LONG = 256  # bytes from which a word is merged by itself
 
 # White space after a letter or a digit starts a word in every known pattern: text may be cut there.
@@ -123,7 +124,7 @@ class Bpe(Tokenizer):
     def _learn(self, words: Iterable[str]) -> dict[str, list[int]]:
         """Encodes distinct words and keeps their ids for short texts."""
         words = list(words)
-        flat, ends = self._encode_words([word.encode() for word in words])
+        ((flat, ends),) = self._engine.words.look_up([_joined([w.encode() for w in words])])
         ids, bounds = flat.tolist(), [0, *ends.tolist()]
         found = {word: ids[i:j] for word, (i, j) in zip(words, itertools.pairwise(bounds))}
         if len(self._known) + len(found) > _SHORT_WORDS:
@@ -144,45 +145,28 @@ class Bpe(Tokenizer):
         return self._encode(text)
 
     def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        flats, ends, offset = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0
+        for group in self._groups(texts):
+            found = self._engine.words.look_up([words for words, _ in group])
+            for (flat, word_ends), (_, text_ends) in zip(found, group):
+                flats.append(flat)
+                ends.append(np.append(0, word_ends)[text_ends] + offset)
+                offset += flat.size
+        return np.concatenate(flats), np.concatenate(ends)
+
+    def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[word_ids.Words, np.ndarray]]]:
+        """Cuts texts into words: blocks of them, and the words up to the end of each text."""
         starts = self._engine.starts
         if starts is None:
-            return self._encode_by_regex(texts)
-        blocks, ends, offset = [], [], 0
-        for block, whole in cutting.blocks(texts, _BLOCK, _SAFE):
-            flat, block_ends = self._encode_block(block, starts)
-            blocks.append(flat)
-            ends.append((block_ends + offset)[whole])
-            offset += flat.size
-        if not blocks:
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        return flat, np.concatenate(ends)
-
-    def _encode_block(
-        self, texts: list[str], starts: pretokens.Starts
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes texts with array arithmetic: ids, and where each text ends."""
-        filled = [text for text in texts if text]
-        if not filled:
-            return np.zeros(0, np.int32), np.zeros(len(texts), np.int64)
-        data, first, lengths, breaks = cutting.cut(filled, starts)
-        flat, ends = self._engine.words.look_up(data, first, lengths)
-        ends = np.append(0, ends)[np.append(breaks, first.size)]
-        if len(filled) == len(texts):
-            return flat, ends
-        which = np.cumsum([bool(text) for text in texts])
-        return flat, np.append(0, ends)[which]
-
-    def _encode_by_regex(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        words = [self.pattern.split(text) for text in texts]
-        data = [word.encode("utf-8", "surrogateescape") for text in words for word in text]
-        flat, ends = self._encode_words(data)
-        return flat, np.append(0, ends)[np.cumsum([len(text) for text in words], dtype=np.int64)]
-
-    def _encode_words(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        lengths = np.fromiter(map(len, words), np.int64, len(words))
-        starts = np.cumsum(lengths) - lengths
-        return self._engine.words.look_up(b"".join(words), starts, lengths)
+            words = [self.pattern.split(text) for text in texts]
+            data = [word.encode("utf-8", "surrogateescape") for text in words for word in text]
+            ends = np.cumsum([len(text) for text in words], dtype=np.int64)
+            yield [(_joined(data), ends)]
+            return
+        blocks = cutting.blocks(texts, _BLOCK, _SAFE)
+        while group := list(itertools.islice(blocks, _BLOCKS)):
+            cuts = [(cutting.cut(block, starts), whole) for block, whole in group]
+            yield [(words[:3], words[3][whole]) for words, whole in cuts]
 
     @property
     def _engine(self) -> "_Engine":
@@ -204,24 +188,32 @@ class Bpe(Tokenizer):
             ids = ids if isinstance(ids, list | tuple) else list(ids)
             if len(ids) <= _SHORT:
                 return self._join(ids)
+        elif ids.size:
+            one_dimensional(ids)
+        return b"".join(
+            [self._spelled(ids[i : i + _IDS]) for i in range(0, len(ids), _IDS)]  # fits a cache
+        )
+
+    def _spelled(self, ids: Sequence[SupportsIndex] | np.ndarray) -> bytes:
+        """The bytes of ids, gathered from those of all tokens."""
+        if isinstance(ids, np.ndarray):
+            row = ids.astype(np.int64, copy=False)
+        else:
             try:
-                ids = np.frombuffer(array("q", ids), np.int64)  # pyright: ignore
+                row = np.frombuffer(array("q", ids), np.int64)  # pyright: ignore
             except (TypeError, OverflowError):
                 return self._join(ids)
-        if not ids.size:
-            return b""
-        one_dimensional(ids)
-        blob, first, lengths = self._engine.spelling
-        if int(ids.min()) < 0 or int(ids.max()) >= lengths.size:
-            return self._join(ids.tolist())
-        first, lengths = first[ids], lengths[ids]
-        if int(lengths.min()) < 0:
-            return self._join(ids.tolist())
-        # Each byte lies one after the last, but for the jumps from token to token.
+        blob, first, last = self._engine.spelling
+        if int(row.view(np.uint64).max()) >= first.size:  # negative ones too
+            return self._join(ids.tolist() if isinstance(ids, np.ndarray) else ids)
+        first, last = first[row], last[row]
+        lengths = last - first
+        lengths += 1
         ends = np.cumsum(lengths)
+        # Each byte lies one after the last, but for the jumps from token to token.
         place = np.ones(int(ends[-1]), np.int64)
         place[0] = first[0]
-        place[ends[:-1]] = first[1:] - first[:-1] - lengths[:-1] + 1
+        place[ends[:-1]] = first[1:] - last[:-1]
         np.cumsum(place, out=place)
         return blob.take(place, mode="wrap").tobytes()  # all are inside: the quickest mode
 
@@ -346,15 +338,24 @@ class _Engine:
 
     @property
     def spelling(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All tokens' bytes in a row, each id's first byte and number of bytes: -1 where unused."""
+        """All tokens' bytes in a row, and each id's first and last; up to the first unused id."""
         made = vars(self).get("_spelling")
         if made is None:
-            tokens = [self.bytes_of.get(i) for i in range(self._size)]
-            lengths = np.array([-1 if token is None else len(token) for token in tokens], np.int64)
-            filled = np.maximum(lengths, 0)
-            blob = np.frombuffer(b"".join(filter(None, tokens)), np.uint8)
-            made = vars(self)["_spelling"] = (blob, np.cumsum(filled) - filled, lengths)
+            tokens = list(
+                map(
+                    self.bytes_of.__getitem__,
+                    itertools.takewhile(self.bytes_of.__contains__, range(self._size)),
+                )
+            )
+            lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+            blob, ends = np.frombuffer(b"".join(tokens), np.uint8), np.cumsum(lengths)
+            made = vars(self)["_spelling"] = (blob, ends - lengths, ends - 1)
         return made
+
+
+def _joined(words: Sequence[bytes]) -> word_ids.Words:
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    return b"".join(words), np.cumsum(lengths) - lengths, lengths
 
 
 def _check_tokens(tokens: tuple[bytes | None, ...], ids: dict[bytes, int], special: Any) -> None:

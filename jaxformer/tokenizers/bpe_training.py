@@ -18,7 +18,7 @@ from jaxformer.tokenizers.wordtable import WordTable
 
 Progress = Callable[[int, int], None]
 
-_BLOCK = 1 << 21  # characters counted at once
+_BLOCK = 1 << 19  # characters counted at once
 _FRONT = 2000  # candidates kept in order
 
 

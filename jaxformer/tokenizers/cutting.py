@@ -11,21 +11,25 @@ from jaxformer.tokenizers import pretokens
 def cut(
     texts: Sequence[str], starts: pretokens.Starts
 ) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts non-empty texts into words.
+    """Cuts texts into words.
 
     Bytes that are no UTF-8 stand in the texts as the surrogates of `surrogateescape`.
 
     Returns:
-        The bytes of all texts, the first byte and the number of bytes of each word, and for each
-        text but the first the number of words before it.
+        The bytes of all texts, the first byte and the number of bytes of each word, and the number
+        of words up to the end of each text.
     """
-    joined = texts[0] if len(texts) == 1 else "\n".join(texts)
-    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    filled = [text for text in texts if text]
+    if not filled:
+        none = np.zeros(0, np.int64)
+        return b"", none, none, np.zeros(len(texts), np.int64)
+    joined = filled[0] if len(filled) == 1 else "\n".join(filled)
+    sizes = np.fromiter(map(len, filled), np.int64, len(filled))
     gaps = np.cumsum(sizes[:-1]) + np.arange(sizes.size - 1)
     if joined.isascii():
-        data = bytearray(joined, "ascii")
-        np.frombuffer(data, np.uint8)[gaps] = pretokens.BREAK_BYTE
-        data = bytes(data)
+        octets = bytearray(joined, "ascii")
+        np.frombuffer(octets, np.uint8)[gaps] = pretokens.BREAK_BYTE
+        data = bytes(octets)
         bounds = np.flatnonzero(starts(data))
     else:
         codes = np.frombuffer(bytearray(joined.encode("utf-32-le", "surrogatepass")), "<u4")
@@ -35,12 +39,17 @@ def cut(
         bounds, gaps = position[np.flatnonzero(starts(codes))], position[gaps]
     first = bounds[:-1]
     lengths = bounds[1:] - first
-    if not gaps.size:
-        return data, first, lengths, gaps
-    is_word = np.ones(first.size, bool)
-    breaks = np.searchsorted(first, gaps)
-    is_word[breaks] = False
-    return data, first[is_word], lengths[is_word], breaks - np.arange(breaks.size)
+    if gaps.size:
+        breaks = np.searchsorted(first, gaps)
+        is_word = np.ones(first.size, bool)
+        is_word[breaks] = False
+        first, lengths = first[is_word], lengths[is_word]
+        ends = np.append(breaks - np.arange(breaks.size), first.size)
+    else:
+        ends = np.array([first.size])
+    if len(filled) < len(texts):
+        ends = np.append(0, ends)[np.cumsum([bool(text) for text in texts])]
+    return data, first, lengths, ends
 
 
 def _byte_positions(data: bytes, codes: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Keeps the ids of words, so that all words of many texts are looked up at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -8,6 +8,9 @@ from jaxformer.tokenizers import wordtable
 from jaxformer.tokenizers.ragged import grown
 
 _WORDS, _POOL = 1 << 19, 1 << 23  # bounds of a table: words, and ids of all words
+
+Words = tuple[bytes, np.ndarray, np.ndarray]
+"""The bytes of many words, the first byte of each and its number of bytes, at least 1."""
 
 Encode = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From the bytes of words, one after the other, and the bytes of each, to ids and their numbers."""
@@ -25,21 +28,16 @@ class WordIds:
         self._encode = encode
         self._idle: list[_Table] = []
 
-    def look_up(
-        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words, one after the other, and where each word's end.
+    def look_up(self, parts: Sequence[Words]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of words, one after the other, and where each word's end, for each part.
 
-        Args:
-            data: The bytes of many words.
-            starts: First byte of each word.
-            lengths: Bytes of each word, at least 1.
+        What is new in all parts is encoded at once; that parts are small keeps arrays in the cache.
         """
         try:
             table = self._idle.pop()
         except IndexError:
             table = _Table(self._encode)
-        result = table.ids(data, starts, lengths)
+        result = table.ids(parts)
         if table.size <= _WORDS and table.used <= _POOL:
             self._idle.append(table)
         return result
@@ -56,12 +54,13 @@ class _Table:
         self._place = np.zeros(1 << 14, np.int64)  # a word's first id in the pool << 32 | how many
         self.size = 0
 
-    def ids(
-        self, data: bytes, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        words = self._words.number(data, starts, lengths)
+    def ids(self, parts: Sequence[Words]) -> list[tuple[np.ndarray, np.ndarray]]:
+        numbers = [self._words.number(*part) for part in parts]
         if self._words.size > self.size:
             self._store(*self._encode(*self._words.spelling(self.size)))
+        return [self._gathered(words) for words in numbers]
+
+    def _gathered(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         place = self._place[words]
         count = place & 0xFFFFFFFF
         ends = np.cumsum(count)

@@ -122,7 +122,7 @@ class WordPiece(Listed):
             self._engine.pieces(data[starts[i] : starts[i] + sizes[i]].decode())  # may refuse
             starts, sizes = np.where(too_long, len(data), starts), np.where(too_long, 1, sizes)
             data += _TOO_LONG
-        flat, word_ends = self._engine.words.look_up(data, starts, sizes)
+        ((flat, word_ends),) = self._engine.words.look_up([(data, starts, sizes)])
         return flat, np.append(0, word_ends)[text_ends]
 
     def with_cls_sep(self, ids: Sequence[int], pair: Sequence[int] | None = None) -> list[int]:
