@@ -7,7 +7,6 @@ no part of the value.
 
 import dataclasses
 import itertools
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
@@ -23,8 +22,15 @@ from jaxformer.tokenizers import (
     word_ids,
 )
 from jaxformer.tokenizers.patterns import Pattern
-from jaxformer.tokenizers.ragged import ragged
-from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, one_dimensional
+from jaxformer.tokenizers.ragged import distinct, ragged
+from jaxformer.tokenizers.tokenizer import (
+    Ids,
+    Texts,
+    Tokenizer,
+    check_special,
+    listed_ids,
+    one_dimensional,
+)
 
 _SHORT = 256  # characters up to which a dictionary of words beats arrays
 _BLOCK = 1 << 17  # characters that are cut into words at once: what fits a cache
@@ -32,9 +38,6 @@ _BLOCKS = 16  # of which the new words are merged at once
 _SHORT_WORDS = 1 << 16  # bound of that dictionary
 _IDS = 1 << 14  # decoded at once
 _LONG = 256  # bytes from which a word is merged by itself
-
-# White space after a letter or a digit starts a word in every known pattern: text may be cut there.
-_SAFE = re.compile("(?<=[0-9A-Za-zà-öа-яא-תぁ-んァ-ヺ一-鿿가-힣])[ \n]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -72,7 +75,10 @@ class Bpe(Tokenizer):
         tokens = tuple(self.tokens)
         ids = {token: i for i, token in enumerate(tokens) if token is not None}
         _check_tokens(tokens, ids, self.special_tokens)
-        merges = np.array(self.merges, np.int32).reshape(-1, 2)
+        merges = np.asarray(self.merges)
+        if merges.size and merges.dtype.kind not in "iu":
+            raise ValueError(f"Merges are pairs of integers, got {merges.dtype}.")
+        merges = merges.astype(np.int32).reshape(-1, 2)
         merges.setflags(write=False)
         results = _results(tokens, ids, merges)
         vars(self).update(tokens=tokens, merges=merges, _ids=ids, _results=results, _known={})
@@ -92,7 +98,10 @@ class Bpe(Tokenizer):
             raise ValueError(f"truncate takes 1 to {self.vocab_size} tokens, got {size}.")
         for name, token in self.special_tokens.items():
             if token >= size:
-                raise ValueError(f"The special token {name!r} has the id {token} >= {size}.")
+                raise ValueError(
+                    f"The special token {name!r} has the id {token} >= {size}; leave it out first: "
+                    "dataclasses.replace(tokenizer, special_tokens={})."
+                )
         for token in self.tokens[size:]:
             if token is not None and len(token) == 1:
                 raise ValueError(f"A vocabulary of {size} leaves out the byte {token!r}.")
@@ -163,7 +172,7 @@ class Bpe(Tokenizer):
             ends = np.cumsum([len(text) for text in words], dtype=np.int64)
             yield [(_joined(data), ends)]
             return
-        blocks = cutting.blocks(texts, _BLOCK, _SAFE)
+        blocks = cutting.blocks(texts, _BLOCK, cutting.SAFE)
         while group := list(itertools.islice(blocks, _BLOCKS)):
             cuts = [(cutting.cut(block, starts), whole) for block, whole in group]
             yield [(words[:3], words[3][whole]) for words, whole in cuts]
@@ -184,12 +193,17 @@ class Bpe(Tokenizer):
             ValueError: If an id is none of this tokenizer's; it names the id and the vocabulary
                 size.
         """
-        if not isinstance(ids, np.ndarray) or ids.dtype == object:
+        if hasattr(ids, "__array__"):
+            ids = np.asarray(ids)
+            if not ids.size:
+                return b""
+            one_dimensional(ids)
+            if ids.dtype == object:
+                return self._join(listed_ids(ids))
+        else:
             ids = ids if isinstance(ids, list | tuple) else list(ids)
             if len(ids) <= _SHORT:
                 return self._join(ids)
-        elif ids.size:
-            one_dimensional(ids)
         return b"".join(
             [self._spelled(ids[i : i + _IDS]) for i in range(0, len(ids), _IDS)]  # fits a cache
         )
@@ -202,7 +216,7 @@ class Bpe(Tokenizer):
             try:
                 row = np.frombuffer(array("q", ids), np.int64)  # pyright: ignore
             except (TypeError, OverflowError):
-                return self._join(ids)
+                return self._join(listed_ids(ids))
         blob, first, last = self._engine.spelling
         if int(row.view(np.uint64).max()) >= first.size:  # negative ones too
             return self._join(ids.tolist() if isinstance(ids, np.ndarray) else ids)
@@ -222,6 +236,8 @@ class Bpe(Tokenizer):
             return b"".join(map(self._engine.bytes_of.__getitem__, ids))  # pyright: ignore
         except KeyError as error:
             raise self._no_such(error.args[0]) from None
+        except TypeError:  # integers of another library
+            return self._join(listed_ids(ids))
 
     def _piece(self, token: int, first: bool) -> bytes:
         return self._engine.bytes_of[token]
@@ -257,9 +273,8 @@ def train(
     References:
         Sennrich et al. 2016, algorithm 1. https://arxiv.org/abs/1508.07909
     """
+    check_special(special_tokens)
     special = {name: i for i, name in enumerate(special_tokens)}
-    if len(special) < len(special_tokens):
-        raise ValueError(f"Special tokens repeat: {', '.join(special_tokens)}.")
     smallest = len(special) + 256
     if vocab_size < smallest:
         raise ValueError(
@@ -377,6 +392,10 @@ def _results(
     tokens: tuple[bytes | None, ...], ids: dict[bytes, int], merges: np.ndarray
 ) -> np.ndarray:
     """The id that each merge gives."""
+    if distinct(merges[:, 0].astype(np.int64) << 32 | merges[:, 1]).size < len(merges):
+        seen: set[tuple[int, ...]] = set()
+        twice = next(p for p in map(tuple, merges.tolist()) if p in seen or seen.add(p))
+        raise ValueError(f"The merge of {twice[0]} with {twice[1]} is there twice.")
     if merges.size and not 0 <= int(merges.min()) <= int(merges.max()) < len(tokens):
         raise ValueError(f"Merges name ids outside 0 to {len(tokens) - 1}.")
     try:

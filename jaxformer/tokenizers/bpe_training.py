@@ -6,7 +6,8 @@ once: as many as surely come next, in their order, whatever the others give birt
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from jaxformer.tokenizers.wordtable import WordTable
 Progress = Callable[[int, int], None]
 
 _BLOCK = 1 << 19  # characters counted at once
+_NEVER = re.compile("(?!)")  # where a text may be cut if nothing is known of the pattern
 _FRONT = 2000  # candidates kept in order
 
 
@@ -29,32 +31,16 @@ def count_words(texts: Texts, pattern: Pattern) -> tuple[np.ndarray, np.ndarray,
         Their bytes, one word after the other, the bytes of each, and how often each occurs.
     """
     table, counts = WordTable(), np.zeros(0, np.int64)
-    for block in _grouped(texts):
-        words = table.number(*_cut(block, pattern))
+    starts = pattern.starts
+    for block, _ in cutting.blocks(documents(texts), _BLOCK, cutting.SAFE if starts else _NEVER):
+        words = table.number(*(cutting.cut(block, starts)[:3] if starts else _cut(block, pattern)))
         more = np.bincount(words, minlength=table.size)
         more[: counts.size] += counts
         counts = more
     return (*table.spelling(), counts)
 
 
-def _grouped(texts: Texts) -> Iterable[list[str]]:
-    block: list[str] = []
-    size = 0
-    for text in documents(texts):
-        if text:
-            block.append(text)
-            size += len(text)
-        if size >= _BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
 def _cut(texts: list[str], pattern: Pattern) -> tuple[bytes, np.ndarray, np.ndarray]:
-    starts = pattern.starts
-    if starts is not None:
-        return cutting.cut(texts, starts)[:3]
     words = [word.encode() for text in texts for word in pattern.split(text)]
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     return b"".join(words), np.cumsum(lengths) - lengths, lengths

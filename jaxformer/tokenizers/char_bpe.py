@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxformer.tokenizers import bpe_training, hf_json, listed, merging, unicode
 from jaxformer.tokenizers.listed import Listed
-from jaxformer.tokenizers.tokenizer import Ids, Texts, documents
+from jaxformer.tokenizers.tokenizer import Ids, Texts, documents, listed_ids
 
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 64  # characters
@@ -129,7 +129,7 @@ class CharBpe(Listed):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into UTF-8, with a space after each word but the last."""
-        tokens = ids.tolist() if isinstance(ids, np.ndarray) else [*map(operator.index, ids)]
+        tokens = listed_ids(ids)
         spelled = vars(self).get("_spelled")
         if spelled is None:
             known = (*self._ids.values(), *self.special_tokens.values())

@@ -131,7 +131,7 @@ class Kmers(Tokenizer):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into letters."""
-        tokens = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
+        tokens = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         if tokens.dtype.kind not in "iu" or tokens.min(initial=0) < 0:
             return super().decode_bytes(tokens)
         if tokens.max(initial=0) >= self.vocab_size:

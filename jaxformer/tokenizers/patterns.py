@@ -145,21 +145,23 @@ _SPELLINGS = {
 
 
 def _cut(compiled: re.Pattern[str], text: str) -> list[str]:
+    """The matches and the gaps between them; empty matches are none."""
     words, end = [], 0
     for match in compiled.finditer(text):
         start, stop = match.span()
+        if stop == start:
+            continue
         if start > end:
             words.append(text[end:start])
-        if stop > start:
-            words.append(text[start:stop])
-            end = stop
+        words.append(text[start:stop])
+        end = stop
     if end < len(text):
         words.append(text[end:])
     return words
 
 
 def _translate(regex: str, limit: int) -> str:
-    r"""Spells `\p{..}`, `\s`, `\z` and `$` out for Python's `re`, for code points below a limit."""
+    r"""Spells classes and ends of text out for Python's `re`, for code points below a limit."""
     out, inside, i = [], False, 0
     escape = re.compile(r"\\(?:([pP])\{(\^?)(\w+)\}|(.))", re.DOTALL)
     while i < len(regex):
@@ -172,9 +174,11 @@ def _translate(regex: str, limit: int) -> str:
             continue
         i = match.end()
         letter, negated, name, other = match.groups()
-        if letter or other in ("s", "S"):
-            table = unicode.members(name) if letter else unicode.is_space()
-            if (letter == "P") != bool(negated) or other == "S":
+        if other and other in "wWbB":
+            raise ValueError(f"The pattern {regex!r} holds \\{other}, which has many meanings.")
+        if letter or other in ("s", "S", "d", "D"):
+            table = unicode.is_space() if other in ("s", "S") else unicode.members(name or "Nd")
+            if (letter == "P") != bool(negated) or other in ("S", "D"):
                 table = ~table
             ranges = _ranges(table[:limit] if limit else table) or r"\U0010ffff"
             out.append(ranges if inside else f"[{ranges}]")

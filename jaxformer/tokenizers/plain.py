@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxformer.tokenizers import listed, patterns, unicode
 from jaxformer.tokenizers.listed import Listed
-from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, documents
+from jaxformer.tokenizers.tokenizer import Ids, Texts, Tokenizer, documents, listed_ids
 
 WORDS = patterns.Pattern(r" ?\S+|\s+?(?= \S)|\s+")
 """Cuts text into words, each with the one space before it, and what other white space there is."""
@@ -42,7 +42,7 @@ class Bytes(Tokenizer):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into bytes, without loss."""
-        tokens = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        tokens = listed_ids(ids)
         try:
             return bytes(tokens)
         except ValueError:  # a special token, or no token at all
@@ -136,7 +136,7 @@ class Characters(Listed):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into UTF-8."""
-        tokens = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
+        tokens = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         codes = self._code_table
         if tokens.dtype.kind in "iu" and tokens.size and tokens.min() >= 0:
             found = codes[np.minimum(tokens, len(codes) - 1)]

@@ -5,13 +5,10 @@ import enum
 import heapq
 import itertools
 import math
-import operator
 import re
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from jaxformer.tokenizers import tokenizer
 
@@ -184,7 +181,7 @@ class SentencePieceBpe(tokenizer.Tokenizer):
             ValueError: If an id is none of this tokenizer's; it names the id and the vocabulary
                 size.
         """
-        tokens = ids.tolist() if isinstance(ids, np.ndarray) else [*map(operator.index, ids)]
+        tokens = tokenizer.listed_ids(ids)
         if not tokens:
             return b""
         first = self.token_bytes(tokens[0], first=True)

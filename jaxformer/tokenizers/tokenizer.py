@@ -8,7 +8,6 @@ import operator
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
@@ -24,6 +23,10 @@ Ids = Iterable[SupportsIndex]
 
 Texts = Iterable[str | os.PathLike]
 """Documents, as strings or as paths of files of UTF-8."""
+
+
+MAX_TOKENS = 1 << 21
+"""Ids are smaller than this."""
 
 
 class Span(NamedTuple):
@@ -49,9 +52,13 @@ class Tokenizer(abc.ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_tokens", MappingProxyType(dict(self.special_tokens)))
+        check_special(self.special_tokens)
         for name, token in self.special_tokens.items():
-            if not name:
-                raise ValueError(f"The special token {token} has an empty name.")
+            if type(token) is not int or not 0 <= token < MAX_TOKENS:
+                raise ValueError(
+                    f"The special token {name!r} has the id {token!r}; ids are integers from 0 to "
+                    f"{MAX_TOKENS - 1}."
+                )
 
     # What a tokenizer has to provide.
 
@@ -126,8 +133,9 @@ class Tokenizer(abc.ABC):
     ) -> list[list[int]]:
         """Encodes each text as `encode` does, many at once."""
         if allow_special:
-            return [self.encode(text, allow_special=allow_special) for text in texts]
-        flat, ends = self._encode_flat([checked(text) for text in texts])
+            names = self._allowed(allow_special)
+            return [self.encode(text, allow_special=names) for text in several(texts)]
+        flat, ends = self._encode_flat([checked(text) for text in several(texts)])
         tokens = self._boxed(flat)
         return [tokens[i:j].tolist() for i, j in itertools.pairwise([0, *ends.tolist()])]
 
@@ -144,7 +152,7 @@ class Tokenizer(abc.ABC):
         Returns:
             Ids (B, T) as int32 and the lengths (B,) as int32, in tokens, after cutting.
         """
-        flat, ends = self._encode_flat([checked(text) for text in texts])
+        flat, ends = self._encode_flat([checked(text) for text in several(texts)])
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(texts)]
         lengths = ends - starts
         if length is None:
@@ -157,17 +165,24 @@ class Tokenizer(abc.ABC):
         ids[filled] = flat[(starts[:, None] + np.arange(length)[None, :])[filled]]
         return ids, lengths.astype(np.int32)
 
-    def encode_spans(self, spans: Iterable[Span | tuple[str, bool] | str]) -> list[int]:
+    def encode_spans(self, spans: Iterable[tuple[Any, ...] | str]) -> list[int]:
         """Encodes a chat: special tokens are read in trusted spans only.
 
         Each span is encoded by itself, so that no token reaches from one into the next.
 
         Args:
             spans: `Span(text, trusted)`; a bare string is untrusted.
+
+        Raises:
+            ValueError: If a span is no text with True or False, or its text cannot be encoded.
         """
+        if isinstance(spans, str):
+            raise ValueError("encode_spans takes several spans, got one string.")
         tokens: list[int] = []
         for span in spans:
             text, trusted = (span, False) if isinstance(span, str) else span
+            if not isinstance(text, str) or not isinstance(trusted, bool):
+                raise ValueError(f"A span is a text and True or False, got {span!r:.80}.")
             tokens.extend(self.encode(text, allow_special=self.special_tokens if trusted else ()))
         return tokens
 
@@ -188,7 +203,7 @@ class Tokenizer(abc.ABC):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Turns ids into bytes, without loss where the tokenizer is one of bytes."""
-        tokens = one_dimensional(ids).tolist() if isinstance(ids, np.ndarray) else ids
+        tokens = listed_ids(ids)
         return b"".join([self.token_bytes(token, first=not i) for i, token in enumerate(tokens)])
 
     def decode_stream(self, ids: Ids, *, errors: str = "replace") -> Iterator[str]:
@@ -282,18 +297,59 @@ class Tokenizer(abc.ABC):
 
     def _parts(self, text: str, allowed: Collection[str]) -> Iterator[tuple[str, int | None]]:
         """Cuts text at the allowed special tokens: (text, None) or (name, id)."""
-        if isinstance(allowed, str):
-            raise ValueError(f"allow_special takes a collection of names, got {allowed!r}.")
-        for name in allowed:
-            if name not in self.special_tokens:
-                known = ", ".join(self.special_tokens) or "none"
-                raise ValueError(f"{name!r} is no special token; there are: {known}.")
-        names = sorted(allowed, key=len, reverse=True)
-        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+        names = "|".join(map(re.escape, self._allowed(allowed)))
+        for i, part in enumerate(re.split(f"({names})", text)):
             if i % 2:
                 yield part, self.special_tokens[part]
             elif part:
                 yield part, None
+
+    def _allowed(self, names: Collection[str]) -> list[str]:
+        """The names of special tokens, checked, the longest first."""
+        if isinstance(names, str):
+            raise ValueError(f"allow_special takes a collection of names, got {names!r}.")
+        names = sorted(names, key=len, reverse=True)
+        for name in names:
+            if name not in self.special_tokens:
+                known = ", ".join(self.special_tokens) or "none"
+                raise ValueError(f"{name!r} is no special token; there are: {known}.")
+        return names
+
+
+def check_special(names: Iterable[str]) -> None:
+    """Refuses names of special tokens that cannot be: empty, repeated, no text."""
+    if isinstance(names, str):
+        raise ValueError(f"Special tokens are a collection of names, got {names!r}.")
+    seen: set[str] = set()
+    for name in names:
+        if not name:
+            raise ValueError("A special token has an empty name.")
+        if name in seen:
+            raise ValueError(f"Special tokens repeat: {name!r}.")
+        seen.add(checked(name))
+
+
+def several(texts: Sequence[str]) -> Sequence[str]:
+    """Refuses one string where several are meant."""
+    if isinstance(texts, str):
+        raise ValueError("A batch is several texts, got one string.")
+    return texts
+
+
+def listed_ids(ids: Ids) -> list[int]:
+    """Ids as a list of Python's integers, whatever array they come in.
+
+    Raises:
+        ValueError: If they are no row of integers.
+    """
+    if hasattr(ids, "__array__"):
+        return one_dimensional(np.asarray(ids)).tolist()
+    ids = list(ids)
+    try:
+        return list(map(operator.index, ids))
+    except TypeError:
+        bad = next(token for token in ids if not hasattr(token, "__index__"))
+        raise ValueError(f"Ids are integers, got {bad!r:.80}.") from None
 
 
 def one_dimensional(ids: np.ndarray) -> np.ndarray:
@@ -344,23 +400,27 @@ def utf8(data: bytes, name: str = "The input") -> str:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file so that whoever opens the path finds the old bytes or all of the new."""
-    path = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes a file so that whoever opens the path finds the old bytes or all of the new.
+
+    A link stays and what it names is replaced; what is no file, such as a pipe, is written to.
+    """
+    path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        os.chmod(temporary, mode)
+        if path.exists():
+            os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

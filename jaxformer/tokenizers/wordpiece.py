@@ -13,7 +13,7 @@ import numpy as np
 from jaxformer.tokenizers import bert_text, unicode
 from jaxformer.tokenizers.bert_text import BertText
 from jaxformer.tokenizers.listed import Listed
-from jaxformer.tokenizers.tokenizer import Ids, utf8
+from jaxformer.tokenizers.tokenizer import Ids, listed_ids, utf8
 from jaxformer.tokenizers.word_ids import WordIds
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -153,7 +153,7 @@ class WordPiece(Listed):
     # Decoding.
 
     def decode_bytes(self, ids: Ids) -> bytes:
-        tokens: list[Any] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        tokens = listed_ids(ids)
         try:
             start = b"".join(map(self._engine.first.__getitem__, tokens[:1]))
             return start + b"".join(map(self._engine.later.__getitem__, tokens[1:]))

@@ -1,6 +1,7 @@
 """Numbers words by their bytes: a hash table in arrays that looks millions of words up at once."""
 
 import itertools
+import os
 
 import numpy as np
 
@@ -10,7 +11,6 @@ CHUNKS = 4  # eight bytes each; a longer word is found through a dictionary
 INLINE = 8 * CHUNKS
 
 _MASKS = np.array([(1 << (8 * i)) - 1 for i in range(9)], "<u8")
-_MIX, _MIX_LENGTH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _FOLD = np.uint64(29)
 _ROUND = 1 << 16  # words added between two looks at the room left
 
@@ -34,6 +34,8 @@ class WordTable:
         self.keys = np.zeros((1 << 14, CHUNKS), "<u8")
         self.lengths = np.zeros(1 << 14, np.int32)
         self._slots = np.full(1 << 16, -1, np.int32)
+        # Odd and drawn for each table, so that no text can be made whose words all collide.
+        self._mix, self._mix_length = np.frombuffer(os.urandom(16), "<u8") | np.uint64(1)
 
     def number(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The number of each word data[start : start + length]; unknown words are added.
@@ -49,7 +51,7 @@ class WordTable:
         padded = data + bytes(INLINE + 8)
         at_byte = np.ndarray((len(data) + INLINE,), "<u8", padded, strides=(1,))
         first = at_byte[starts] & _MASKS[np.minimum(lengths, 8)]
-        mixed = (first ^ (lengths.astype(np.uint64) * _MIX_LENGTH)) * _MIX
+        mixed = (first ^ (lengths.astype(np.uint64) * self._mix_length)) * self._mix
         chunks: list[tuple[np.ndarray, np.ndarray]] = []
         rest = np.flatnonzero(lengths > 8)
         for i in range(1, CHUNKS):
@@ -58,7 +60,7 @@ class WordTable:
             left = lengths[rest] - 8 * i
             key = at_byte[starts[rest] + 8 * i] & _MASKS[np.minimum(left, 8)]
             before = mixed[rest]
-            mixed[rest] = (before ^ (before >> _FOLD) ^ key) * _MIX
+            mixed[rest] = (before ^ (before >> _FOLD) ^ key) * self._mix
             chunks.append((rest, key))
             rest = rest[left > 8]
 
@@ -155,11 +157,11 @@ class WordTable:
     def _place(self, known: np.ndarray) -> None:
         """Puts words, all distinct, into empty slots."""
         lengths = self.lengths[known]
-        mixed = (self.keys[known, 0] ^ (lengths.astype(np.uint64) * _MIX_LENGTH)) * _MIX
+        mixed = (self.keys[known, 0] ^ (lengths.astype(np.uint64) * self._mix_length)) * self._mix
         for i in range(1, CHUNKS):
             which = np.flatnonzero(lengths > 8 * i)
             before = mixed[which]
-            mixed[which] = (before ^ (before >> _FOLD) ^ self.keys[known[which], i]) * _MIX
+            mixed[which] = (before ^ (before >> _FOLD) ^ self.keys[known[which], i]) * self._mix
         slot = self._home(mixed)
         while known.size:
             empty = self._slots[slot] < 0

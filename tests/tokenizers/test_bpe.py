@@ -77,7 +77,7 @@ def test_a_long_text_is_cut_only_where_a_word_surely_starts(tokenizer, monkeypat
     text = "".join(documents(100, seed=3))
     whole = tokenizer.encode(text)
     monkeypatch.setattr(bpe, "_BLOCK", 50)
-    assert len(list(cutting.blocks([text], 50, bpe._SAFE))) > 5
+    assert len(list(cutting.blocks([text], 50, cutting.SAFE))) > 5
     assert tokenizer.encode(text) == whole
     assert tokenizer.encode_batch([text, "", "a", text, ""]) == [
         *(whole, [], tokenizer.encode("a"), whole, [])
@@ -173,6 +173,11 @@ def test_a_byte_without_token_is_named():
         ({"tokens": (b"a", b"")}, "token 1 is empty"),
         ({"merges": np.array([[0, 2]])}, "outside 0 to 1"),
         ({"merges": np.array([[0, 1]])}, "Merge 0, b'a' with b'b', gives no token"),
+        ({"merges": np.array([[0, 1], [0, 1]])}, "0 with 1 is there twice"),
+        ({"merges": np.array([[0.5, 1.0]])}, "pairs of integers, got float64"),
+        ({"special_tokens": {"<s>": 10**13}}, "'<s>' has the id 10000000000000; ids are"),
+        ({"special_tokens": {"<s>": True}}, "'<s>' has the id True"),
+        ({"special_tokens": {"\ud800": 5}}, "lone surrogate"),
         ({"special_tokens": {"<s>": 1}}, "'<s>' has the id 1, which is not free"),
         ({"special_tokens": {"<s>": 5, "</s>": 5}}, "'</s>' has the id 5"),
     ],
@@ -276,3 +281,10 @@ def test_a_fork_while_another_thread_encodes_neither_hangs_nor_errs(tokenizer):
     finally:
         stop.set()
         thread.join()
+
+
+def test_words_made_to_collide_under_one_hash_do_not_under_another(tokenizer):
+    tables = [wordtable.WordTable() for _ in range(2)]
+    assert tables[0]._mix != tables[1]._mix
+    assert tables[0]._mix_length != tables[1]._mix_length
+    assert all(int(table._mix) % 2 for table in tables)

@@ -114,3 +114,20 @@ def test_an_unknown_policy_or_a_malformed_expression_is_refused():
         patterns.gpt2("pairs")
     with pytest.raises(ValueError, match=r"'\(' is malformed"):
         patterns.Pattern("(").split("a")
+
+
+@pytest.mark.parametrize("regex", ["(?=[A-Z])", "a*", "x?", ""])
+def test_empty_matches_are_no_words_and_lose_nothing(regex):
+    for text in ("abCdE", "aab", "", "x"):
+        words = patterns.Pattern(regex).split(text)
+        assert "".join(words) == text
+        assert all(words)
+
+
+def test_digits_are_those_of_the_frozen_tables_and_ambiguous_classes_are_refused():
+    assert patterns.Pattern(r"\d+").split("a\U00011de0b") == patterns.Pattern(r"\p{Nd}+").split(
+        "a\U00011de0b"
+    )
+    for regex in (r"\w+", r"\ba", r"[\W]"):
+        with pytest.raises(ValueError, match="has many meanings"):
+            patterns.Pattern(regex).split("a")

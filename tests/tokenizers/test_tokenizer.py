@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import os
+import pathlib
 import pickle
 import random
 import signal
@@ -425,3 +426,45 @@ def test_tokenizers_import_no_jax():
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class Array:
+    """What other libraries' arrays have in common."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array([1, 2, 1], np.int64)
+
+    def __iter__(self):
+        raise AssertionError
+
+
+def test_ids_may_come_in_the_array_of_another_library(tokenizer):
+    assert tokenizer.decode_bytes(Array()) == tokenizer.decode_bytes([1, 2, 1])
+
+
+def test_one_string_is_not_taken_for_a_batch_or_a_chat(tokenizer):
+    for encode in (tokenizer.encode_batch, tokenizer.encode_spans):
+        with pytest.raises(ValueError, match="got one string"):
+            encode("acg")
+    with pytest.raises(ValueError, match="got one string"):
+        tokenizer.encode_padded("acg", pad=0)
+
+
+def test_a_span_is_trusted_by_true_alone(tokenizer):
+    name = next(iter(tokenizer.special_tokens))
+    for span in ((name, "no"), ("user", name), (name, 1)):
+        with pytest.raises(ValueError, match="A span is a text and True or False"):
+            tokenizer.encode_spans([span])
+
+
+def test_saving_follows_links_and_writes_to_what_is_no_file(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    plain.Bytes().save(link)
+    assert link.is_symlink()
+    assert target.read_text().startswith("{")
+    plain.Bytes().save("/dev/null")
+    assert not pathlib.Path("/dev/null").is_file()
+    with pytest.raises(FileNotFoundError, match="missing/new"):
+        plain.Bytes().save(tmp_path / "missing" / "new")
