@@ -4,9 +4,12 @@ A user's mistake is one line on standard error and exit code 2, an interrupt is 
 traceback, and a pipe that closes, as before `head`, ends the program quietly with 141.
 """
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import BinaryIO
 
 USAGE = """usage: jaxformer tokenizer {train,encode,decode,card,convert} [--help] ...
        jaxformer --version
@@ -22,6 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if sys.stdout is None or sys.stderr is None:  # as Python has it where the caller closed them
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(sys.stdout or _Closed()),
+            contextlib.redirect_stderr(sys.stderr or nowhere),
+        ):
+            return main(arguments)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        return _failed(str(error))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         from jaxformer import __version__
@@ -48,9 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
-        return _failed(str(error))
     return 0
+
+
+class _Closed(io.TextIOBase):
+    """Standard output that is closed: whatever would be written there is an error."""
+
+    def write(self, _: str) -> int:
+        raise ValueError("standard output is closed.")
+
+    @property
+    def buffer(self) -> BinaryIO:
+        raise ValueError("standard output is closed.")
 
 
 def _failed(message: str) -> int:

@@ -45,8 +45,9 @@ def stability(
         None for the first two if that is so for all.
 
     Raises:
-        ValueError: If the texts are empty.
+        ValueError: If the texts are empty, or `edits` or `length` is less than 1.
     """
+    _at_least(1, edits=edits, length=length)
     draw = random.Random(seed)
     whole = _nonempty(texts)
     before, after = [], []
@@ -117,7 +118,12 @@ def universality(
     Returns:
         `scalars` and `strings`, how many were tried, and of each how many were `_refused` with a
         ValueError, gave an `_unknown` token, or came back otherwise `_changed`.
+
+    Raises:
+        ValueError: If `strings` is negative or `every` is less than 1.
     """
+    _at_least(0, strings=strings)
+    _at_least(1, every=every)
     scalars = [chr(code) for code in range(0, 0x110000, every) if not 0xD800 <= code < 0xE000]
     counts = {"scalars_refused": 0, "scalars_unknown": 0, "scalars_changed": 0}
     for start in range(0, len(scalars), 65536):
@@ -209,11 +215,14 @@ def reencoding(
         cannot be encoded count as a change.
 
     Raises:
-        ValueError: If the texts are empty, or the tokenizer refuses them.
+        ValueError: If the texts are empty or have no ids, the tokenizer refuses them, or `draws`
+            is less than 1.
     """
+    _at_least(1, draws=draws)
     draw = random.Random(seed)
-    whole = _nonempty(texts)
-    encoded = [ids for ids in tokenizer.encode_batch(whole) if ids]
+    encoded = [ids for ids in tokenizer.encode_batch(_nonempty(texts)) if ids]
+    if not encoded:
+        raise ValueError("There is no text to measure on: it has no ids.")
     cuts = []
     for ids in draw.choices(encoded, [len(ids) for ids in encoded], k=draws):
         start = draw.randrange(len(ids))
@@ -270,8 +279,14 @@ def card(
 
     Returns:
         Numbers by name, `vocab_size` first; None where one has no meaning.
+
+    Raises:
+        ValueError: If the texts are empty, or too short to be parted; if the tokenizer refuses
+            them; or if `edits` or `every` is less than 1 or `strings` is negative.
     """
-    known, new = (training, texts) if training is not None else _last_tenth(texts)
+    known, new = (training, texts) if training is not None else _last_tenth(_nonempty(texts))
+    if training is None and not any(known):
+        raise ValueError("A text of 1 character leaves none for training, which takes nine tenths.")
     return {
         "vocab_size": tokenizer.vocab_size,
         **efficiency(tokenizer, texts),
@@ -337,6 +352,12 @@ def table(cards: Mapping[str, Card]) -> Any:
             shown = ["–" if value is None else format(value, form) for value in values]
             result.add_row(f"  {label}", *shown)
     return result
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} is at least {least}, got {value}.")
 
 
 def _nonempty(texts: Iterable[str]) -> list[str]:

@@ -19,6 +19,8 @@ def opened(files: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
     """Opens one file after the other: standard input if there are none, or for "-"."""
     for name in files or ("-",):
         if name == "-":
+            if sys.stdin is None:
+                raise ValueError("standard input is closed.")
             yield "standard input", sys.stdin.buffer
         else:
             with open(name, "rb") as file:

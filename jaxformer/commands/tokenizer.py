@@ -1,10 +1,12 @@
 """The commands of `jaxformer tokenizer`."""
 
+import dataclasses
 import json as json_format
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import tyro
@@ -57,7 +59,7 @@ def train(
     min_frequency: int | None = None,
     special: Names = (),
     unknown: str | None = None,
-    pattern: str = "gpt2",
+    pattern: str | None = None,
     digits: Digits | None = None,
     null: bool = False,
 ) -> None:
@@ -72,7 +74,8 @@ def train(
         min_frequency: What occurs less often becomes no token; by default what suits the kind.
         special: Name of a special token; may be given several times.
         unknown: Name of the token for what is not in the vocabulary; BPE needs none.
-        pattern: How BPE cuts words: gpt2, cl100k, cl100k_tiktoken, o200k, or an expression.
+        pattern: How byte-level BPE cuts words: gpt2, which is the default, cl100k,
+            cl100k_tiktoken, o200k, or an expression.
         digits: What becomes of runs of digits in these four patterns.
         null: Whether NUL bytes part a file into documents; otherwise each file is one.
     """
@@ -87,26 +90,32 @@ def train(
     if unknown is not None:
         options["unknown"] = unknown
     learn = _trainer(kind, options, pattern, digits)
+    _check_savable(learn, options, out)
     start = time.monotonic()
-    tokenizer = learn(streams.documents(files, null), options)
+    if kind in ("characters", "words"):
+        tokenizer = learn(streams.documents(files, null), **options)
+    else:
+        with streams.Bar("tokens") as bar:
+            tokenizer = learn(streams.documents(files, null), **options, progress=bar.show)
     _save(tokenizer, out, None)
     seconds = time.monotonic() - start
     print(f"{out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s", file=sys.stderr)
 
 
 def _trainer(
-    kind: Kind, options: dict, pattern: str, digits: str | None
-) -> Callable[[Iterator[str], dict], Tokenizer]:
-    """The function that trains a kind, with a bar on a terminal where it takes long."""
+    kind: Kind, options: dict, pattern: str | None, digits: str | None
+) -> Callable[..., Tokenizer]:
+    """The function that trains a kind, and the options that it takes besides."""
+    if kind != "bpe" and (pattern is not None or digits is not None):
+        raise ValueError(f"--pattern and --digits go with --kind bpe, not with {kind}.")
     if kind in ("characters", "words"):
         from jaxformer.tokenizers import plain
 
-        learn = plain.Characters.train if kind == "characters" else plain.Words.train
-        return lambda texts, options: learn(texts, **options)
+        return plain.Characters.train if kind == "characters" else plain.Words.train
     if kind == "bpe":
         if "unknown" in options:
             raise ValueError("--kind bpe takes no --unknown: every byte is a token.")
-        options["pattern"] = _pattern(pattern, digits)
+        options["pattern"] = _pattern("gpt2" if pattern is None else pattern, digits)
         from jaxformer.tokenizers import bpe as module
     elif kind == "wordpiece":
         from jaxformer.tokenizers import wordpiece
@@ -115,12 +124,15 @@ def _trainer(
         options["special_tokens"] = options["special_tokens"] or wordpiece.SPECIAL_TOKENS
     else:
         from jaxformer.tokenizers import char_bpe as module
+    return module.train
 
-    def with_bar(texts: Iterator[str], options: dict) -> Tokenizer:
-        with streams.Bar("tokens") as bar:
-            return module.train(texts, **options, progress=bar.show)
 
-    return with_bar
+def _check_savable(learn: Callable[..., Tokenizer], options: dict, out: pathlib.Path) -> None:
+    """Trains on next to nothing, to refuse what could not be written before hours of training."""
+    # Special tokens of one character are what would be spelled as an ordinary token in most texts.
+    letters = [name for name in options["special_tokens"] if len(name) == 1]
+    few = {name: value for name, value in options.items() if name != "min_frequency"}
+    formats.check(learn(letters, **few), out)
 
 
 def _pattern(name: str, digits: str | None) -> Pattern:
@@ -148,6 +160,8 @@ def _check_folder(path: pathlib.Path) -> None:
     """Refuses a place that nothing can be written to, before the work is done."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: the folder {path.parent} cannot be written to.")
 
 
 def _save(tokenizer: Tokenizer, path: pathlib.Path, format: str | None) -> None:
@@ -185,6 +199,8 @@ def encode(
         _check_folder(out)
         if out.suffix != ".npy":
             raise ValueError(f"--out {out} does not end in .npy.")
+        if json:
+            raise ValueError(f"--json is for standard output, not for --out {out}.")
     encoder = _load(tokenizer)
     found = streams.encoded(encoder, files, lines, allow_special)
     if out is not None:
@@ -210,9 +226,10 @@ def decode(
         lines: Whether a line end is written after each line's text.
     """
     decoder = _load(tokenizer)
+    output = sys.stdout.buffer
     for data in streams.decoded(decoder, files):
-        sys.stdout.buffer.write(data + b"\n" if lines else data)
-    sys.stdout.buffer.flush()
+        output.write(data + b"\n" if lines else data)
+    output.flush()
 
 
 def card(
@@ -293,6 +310,7 @@ def convert(
     pattern: str | None = None,
     digits: Digits | None = None,
     special: Names = (),
+    drop_special: bool = False,
 ) -> None:
     """Writes a tokenizer in another format.
 
@@ -305,8 +323,11 @@ def convert(
         pattern: How words are cut, as for `train`, for ranks and GPT-2's files, which do not say.
         digits: What becomes of runs of digits in this pattern.
         special: NAME=ID of a special token, for the same files; may be given several times.
+        drop_special: Leaves the special tokens out, before what is cut off by `truncate`.
     """
     _check_folder(target)
+    if digits is not None and pattern is None:
+        raise ValueError(f"--digits goes with --pattern {', '.join(patterns.FAMILIES)}.")
     if pattern is None and not special:
         tokenizer = _load(source)
     else:
@@ -315,11 +336,34 @@ def convert(
             pattern=None if pattern is None else _pattern(pattern, digits),
             special_tokens=_ids(special) if special else None,
         )
+    if drop_special:
+        tokenizer = _without_special(tokenizer, source)
     if truncate is not None:
-        if not isinstance(tokenizer, Bpe | CharBpe):
-            raise ValueError(f"{source}: a {type(tokenizer).__name__} cannot be truncated.")
-        tokenizer = tokenizer.truncate(truncate)
+        tokenizer = _truncated(tokenizer, truncate, source)
     _save(tokenizer, target, format)
+
+
+def _without_special(tokenizer: Tokenizer, source: pathlib.Path) -> Tokenizer:
+    try:
+        left = dataclasses.replace(tokenizer, special_tokens={})
+    except ValueError as error:
+        raise ValueError(f"{source}: --drop-special is not possible here: {error}") from None
+    if left.special_tokens:
+        raise ValueError(f"{source}: a {type(tokenizer).__name__} needs its special tokens.")
+    return left
+
+
+def _truncated(tokenizer: Tokenizer, size: int, source: pathlib.Path) -> Tokenizer:
+    if not isinstance(tokenizer, Bpe | CharBpe):
+        raise ValueError(f"{source}: a {type(tokenizer).__name__} cannot be truncated.")
+    high = [name for name, token in tokenizer.special_tokens.items() if token >= size > 0]
+    if high:
+        raise ValueError(
+            f"{source}: the special token {high[0]!r} has the id "
+            f"{tokenizer.special_tokens[high[0]]}, which {size} tokens leave out: --drop-special "
+            "drops all special tokens."
+        )
+    return tokenizer.truncate(size)
 
 
 def _ids(special: Sequence[str]) -> dict[str, int]:

@@ -243,20 +243,36 @@ def save(tokenizer: Tokenizer, path: str | os.PathLike, format: str | None = Non
         ValueError: If the format is unknown or cannot hold the tokenizer.
     """
     path = pathlib.Path(path)
+    files = _files(tokenizer, path, format)
+    if path not in files:
+        path.mkdir(parents=True, exist_ok=True)
+    for file, data in files.items():
+        write_atomically(file, data)
+
+
+def check(tokenizer: Tokenizer, path: str | os.PathLike, format: str | None = None) -> None:
+    """Raises the ValueError that `save` would, without writing anything."""
+    _files(tokenizer, pathlib.Path(path), format)
+
+
+def _files(
+    tokenizer: Tokenizer, path: pathlib.Path, format: str | None
+) -> dict[pathlib.Path, bytes]:
+    """What each file is to hold, in the order of writing."""
     format = _format_of(path) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"The format is one of {', '.join(FORMATS)}, got {format!r}.")
     if format == "gpt2":
         vocab, merges = gpt2_files.serialize(_of(tokenizer, Bpe, format))
-        path.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: GPT-2's two files need a folder, this is a file.")
         # The merges last: a reader then never finds new merges with an old vocabulary alone.
-        write_atomically(path / gpt2_files.VOCABULARY_NAMES[0], vocab)
-        write_atomically(path / gpt2_files.MERGES_NAMES[0], merges)
-        return
+        return {
+            path / gpt2_files.VOCABULARY_NAMES[0]: vocab,
+            path / gpt2_files.MERGES_NAMES[0]: merges,
+        }
     data = _serialized(tokenizer, format)
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    write_atomically(path, data)
+    return {path: gzip.compress(data, mtime=0) if path.suffix == ".gz" else data}
 
 
 def _serialized(tokenizer: Tokenizer, format: str) -> bytes:

@@ -27,20 +27,18 @@ def parse(
         vocab: The parsed vocabulary.
         merges: The file of merges; a first line that begins with `#version` is skipped.
         pattern: How text is cut, which neither file says; GPT-2's if None.
-        special_tokens: Names and ids; if None, those that no merge makes are taken for such, as
-            GPT-2's `<|endoftext|>` is.
+        special_tokens: Names and ids; if None, the tokens in `<..>` or `[..]` that no merge makes
+            are taken for such, as GPT-2's `<|endoftext|>` is.
 
     Raises:
         ValueError: If a line is no merge or is there twice, a merge needs a token that the
-            vocabulary lacks, or a token is not written in GPT-2's characters for bytes.
+            vocabulary lacks, or a token is not written in GPT-2's characters for bytes. If
+            `special_tokens` is None also if no merge makes another token than such a one.
     """
     pairs = _pairs(tokenizer.utf8(merges, "the list of merges"))
     vocab = hf_json.vocabulary({"vocab": vocab})
-    made = {left + right for left, right in pairs}
     if special_tokens is None:
-        special_tokens = {
-            text: i for text, i in vocab.items() if len(text) > 1 and text not in made
-        }
+        special_tokens = _unmade(vocab, pairs)
     for name, token in special_tokens.items():
         if vocab.get(name, token) != token:
             raise ValueError(f"the special token {name!r} has the id {vocab[name]}, not {token}")
@@ -69,6 +67,20 @@ def serialize(tokenizer: Bpe) -> tuple[bytes, bytes]:
     lines = [f"{merge}\n" for merge in model["merges"]]
     data = json.dumps(model["vocab"], ensure_ascii=False).encode()
     return data, "".join([f"{_HEADER}\n", *lines]).encode()
+
+
+def _unmade(vocab: Mapping[str, int], pairs: list[list[str]]) -> dict[str, int]:
+    """The tokens that no merge makes, which have to look like special ones."""
+    made = {left + right for left, right in pairs}
+    found = {text: i for text, i in vocab.items() if len(text) > 1 and text not in made}
+    for text in found:
+        # An older list of merges beside a vocabulary leaves out its last tokens.
+        if text[0] not in "<[" or text[-1] not in ">]":
+            raise ValueError(
+                f"no merge makes the token {text!r}: the two files do not belong together, or the "
+                "special tokens have to be given"
+            )
+    return found
 
 
 def _pairs(text: str) -> list[list[str]]:

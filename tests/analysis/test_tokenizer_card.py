@@ -172,6 +172,31 @@ def test_no_text_and_refused_text_are_errors():
     assert refused["edit_distance_mean"] is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edits": 0}, "edits is at least 1, got 0"),
+        ({"every": 0}, "every is at least 1, got 0"),
+        ({"every": -1}, "every is at least 1, got -1"),
+        ({"strings": -5}, "strings is at least 0, got -5"),
+    ],
+)
+def test_numbers_out_of_range_are_named(options, message):
+    few = {"edits": 1, "strings": 1, "every": 99999, **options}
+    with pytest.raises(ValueError, match=message):
+        tokenizer_card.card(plain.Bytes(), ENGLISH, **few)
+
+
+def test_a_text_of_one_character_cannot_be_parted():
+    few = {"edits": 1, "strings": 1, "every": 99999}
+    with pytest.raises(ValueError, match="text of 1 character leaves none for training"):
+        tokenizer_card.card(plain.Bytes(), ["a"], **few)
+    assert tokenizer_card.card(plain.Bytes(), ["a"], training=["a"], **few)["vocab_size"] == 256
+    assert tokenizer_card.card(plain.Bytes(), ["ab"], **few)["vocab_size"] == 256
+    with pytest.raises(ValueError, match="draws is at least 1, got 0"):
+        tokenizer_card.reencoding(plain.Bytes(), ["a"], draws=0)
+
+
 def test_cards_are_numbers_that_stand_side_by_side():
     cards = {
         "bytes": tokenizer_card.card(plain.Bytes(), ENGLISH, edits=20, strings=100, every=999),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,8 @@ from jaxformer import cli
 from jaxformer.tokenizers import bpe, formats, patterns, plain, wordpiece
 
 TEXT = "The cat sat on the mat.\nThe dog, naïve as ever, sat on 1234 logs.\n\n" * 20
+CLOSED = "standard output is closed"
+UNKNOWN = ("--special", "<u>", "--unknown", "<u>")
 
 
 @pytest.fixture
@@ -83,6 +86,32 @@ def test_standard_input_is_read_and_documents_are_parted_at_nul(folder, jaxforme
     assert formats.load("w.json") == plain.Words.train([TEXT, "one\0two"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", r"\w+"], "\\w"),
+        (["--pattern", "^a"], "which libraries read differently"),
+        (["--special", "a"], "special token 'a': the ordinary token"),
+        (["--special", "a", "--kind", "char-bpe"], "special token 'a': the ordinary token"),
+        (["--special", ""], "empty name"),
+        (["--special", "<s>", "--special", "<s>"], "Special tokens repeat: '<s>'"),
+        (["--kind", "wordpiece", "--out", "vocab.txt", *UNKNOWN], "cannot hold unknown='<u>'"),
+        (["--out", "x.model"], "'sentencepiece' cannot hold a Bpe"),
+        (["--out", "text"], "need a folder"),
+        (["--out", "none/x.json"], "there is no folder none"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_text_is_read(
+    folder, jaxformer, arguments, message
+):
+    pathlib.Path("text").write_text("kept")
+    out = () if "--out" in arguments else ("--out", "x.json")
+    code, _, err = jaxformer("train", "not there", "--vocab-size", 300, *out, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert "not there" not in err
+
+
 # Encoding and decoding.
 
 
@@ -140,6 +169,10 @@ def test_special_tokens_are_read_where_allowed(folder, jaxformer):
         ("train text.txt --out x --vocab-size 300 --pattern (", b"", "'(' is malformed"),
         ("train text.txt --out x --vocab-size 300 --pattern . --digits free", b"", "--digits goes"),
         ("train --kind words --out x.tiktoken", b"a", "'tiktoken' cannot hold a Words"),
+        ("train --kind words --out x.json --pattern gpt2", b"a", "go with --kind bpe, not with"),
+        ("train --kind words --out x.json --digits free", b"a", "go with --kind bpe, not with"),
+        ("encode bpe.json --json --out ids.npy", b"a", "--json is for standard output"),
+        ("convert bpe.json x.json --digits single", b"", "--digits goes with --pattern"),
         ("encode ascii.json", b"abc\nabd\n", "standard input: line 2: 'd' (U+0064) at character 2"),
         ("encode ascii.json --lines", b"abc\nabd\n", "standard input: line 2: 'd'"),
         ("encode ascii.json bad", b"", "bad: line 3: no UTF-8: invalid start byte"),
@@ -168,6 +201,9 @@ def test_special_tokens_are_read_where_allowed(folder, jaxformer):
         ("card", b"a", "card needs a tokenizer"),
         ("card ascii.json --text text.txt", b"", "ascii: 'T' (U+0054) at character 0"),
         ("convert ascii.json x.json --truncate 5", b"", "a Characters cannot be truncated"),
+        ("card bpe.json --text text.txt --edits 0", b"", "bpe: edits is at least 1, got 0"),
+        ("convert words.json x.json --drop-special", b"", "words.json: --drop-special is not"),
+        ("convert high.json x.json --truncate 256", b"", "'<end>' has the id 258, which 256"),
         ("convert bpe.json x.json --format tar", b"", "got 'tar'"),
         ("convert bpe.tiktoken x.json", b"", "takes --pattern and --special"),
         ("convert bpe.tiktoken x.json --special x", b"", "--special x is not NAME=ID"),
@@ -178,6 +214,9 @@ def test_a_mistake_is_one_line_that_names_file_and_line(
 ):
     pathlib.Path("bad").write_bytes(b"a\nb\n\xff\n")
     plain.Characters.train(["abc"]).save("ascii.json")
+    plain.Words.train(["abc"]).save("words.json")
+    high = bpe.train(["abab"], vocab_size=258)
+    dataclasses.replace(high, special_tokens={"<end>": 258}).save("high.json")
     pathlib.Path("line").write_text("ab\n")
     np.save("float.npy", np.ones(3))
     pathlib.Path("cut.npy").write_bytes(b"\x93NUMPY\x01\x00")
@@ -249,6 +288,16 @@ def test_a_smaller_vocabulary_is_cut_from_a_larger(folder, jaxformer):
     assert formats.load("small.json") == bpe.train([TEXT], vocab_size=270, special_tokens=["<end>"])
 
 
+def test_special_tokens_with_high_ids_are_dropped_to_truncate(folder, jaxformer):
+    plain_one = bpe.train([TEXT], vocab_size=300)
+    dataclasses.replace(plain_one, special_tokens={"<end>": 300}).save("high.json")
+    assert jaxformer("convert", "high.json", "all.json", "--drop-special") == (0, b"", "")
+    assert formats.load("all.json") == plain_one
+    arguments = ("high.json", "small.json", "--truncate", 270, "--drop-special")
+    assert jaxformer("convert", *arguments) == (0, b"", "")
+    assert formats.load("small.json") == bpe.train([TEXT], vocab_size=270)
+
+
 # The process.
 
 
@@ -262,6 +311,33 @@ def test_a_closed_pipe_is_quiet(folder):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("encode bpe.json <&-", "standard input is closed"),
+        ("encode bpe.json text.txt >&-", CLOSED),
+        ("decode bpe.json >&-", CLOSED),
+        ("card bpe.json --text text.txt --edits 1 --strings 1 --every 9999 >&-", CLOSED),
+        ("train --help >&-", CLOSED),
+        ("train --frobnicate 2>&-", ""),
+        ("train text.txt --vocab-size 260 --out x.json >&-", None),
+        ("train text.txt --vocab-size 260 --out x.json 2>&-", ""),
+        ("encode none.json 2>&-", ""),
+    ],
+)
+def test_a_closed_stream_is_one_line_or_not_needed(folder, command, message):
+    line = f'"{sys.executable}" -m jaxformer tokenizer {command}'
+    done = subprocess.run(["sh", "-c", line], input=b"", capture_output=True)
+    error = done.stderr.decode()
+    assert done.stdout == b""
+    if "260" in command:
+        assert done.returncode == 0
+        assert error.startswith("x.json: 260 tokens") or message == error == ""
+        return
+    assert done.returncode == 2
+    assert error == (f"jaxformer: {message}.\n" if message else "")
 
 
 def test_an_interrupt_has_no_traceback(folder):

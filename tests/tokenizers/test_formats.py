@@ -151,6 +151,13 @@ def test_published_ranks_bring_their_pattern_and_others_need_one(tmp_path):
     assert (given.special_tokens, given.pattern) == ({}, patterns.O200K)
 
 
+@pytest.mark.parametrize("name", ["<s>", "[CLS]", "<|a b|>"])
+def test_special_tokens_of_gpt2_files_are_told_by_their_brackets(name, tmp_path):
+    tokenizer = bpe.train(LINES, vocab_size=280, special_tokens=[name])
+    formats.save(tokenizer, tmp_path / "folder")
+    assert formats.load(tmp_path / "folder") == tokenizer
+
+
 def test_options_for_a_file_that_has_its_own_are_refused(tmp_path):
     byte_level().save(tmp_path / "x.json")
     with pytest.raises(ValueError, match="pattern and special_tokens are for"):
@@ -174,6 +181,16 @@ def test_a_format_that_cannot_hold_the_tokenizer_is_refused_and_writes_nothing(
     with pytest.raises(ValueError, match=message):
         formats.save(make(), tmp_path / "x", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_would_not_be_saved_is_known_without_writing(tmp_path):
+    formats.check(byte_level(), tmp_path / "folder")
+    with pytest.raises(ValueError, match="'tiktoken' cannot hold a Words"):
+        formats.check(plain.Words.train(LINES), tmp_path / "x.tiktoken")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="need a folder"):
+        formats.save(byte_level(), tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -269,7 +286,19 @@ def test_a_malformed_list_of_merges_is_named_with_its_line(merges, message, tmp_
     formats.save(ranked(), tmp_path / "folder")
     (tmp_path / "folder/merges.txt").write_bytes(merges)
     with pytest.raises(ValueError, match=message):
+        formats.load(tmp_path / "folder", special_tokens={})
+
+
+def test_a_vocabulary_beside_an_older_list_of_merges_is_refused(tmp_path):
+    formats.save(byte_level(), tmp_path / "folder")
+    path = tmp_path / "folder/merges.txt"
+    lines = path.read_bytes().splitlines(keepends=True)
+    last = lines[-1].decode().replace(" ", "").strip()
+    path.write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match=f"no merge makes the token '{last}': the two files"):
         formats.load(tmp_path / "folder")
+    special = {"<|end|>": byte_level().special_tokens["<|end|>"]}
+    assert formats.load(tmp_path / "folder", special_tokens=special).special_tokens == special
 
 
 def test_merges_may_end_with_carriage_returns_or_without_a_line_end(tmp_path):
