@@ -11,6 +11,7 @@ from jaxformer.ops.attention.dense import attend
 from jaxformer.ops.attention.masks import (
     Mask,
     causal,
+    coarse,
     explicit,
     key_lengths,
     local_global,
@@ -24,6 +25,7 @@ __all__ = [
     "Mask",
     "attend",
     "causal",
+    "coarse",
     "explicit",
     "key_lengths",
     "local_global",
