@@ -9,6 +9,7 @@ For example:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,65 @@ class AttentionCase:
             "softcap": self.softcap,
             "sinks": normal(self.num_heads, dtype=jnp.float32) if self.sinks else None,
         }
+
+
+def assert_attention(
+    case: AttentionCase, attend: Callable[..., tuple[Array, Array]], *, forward_mode: bool = True
+) -> None:
+    """Checks an implementation on a case, outputs and all derivatives, against float64.
+
+    The errors must be at most 1.25 times those of `attention.attend` in the same dtype or, where
+    those happen to be smaller, one unit in the last place of the largest element (2e-6 of it in
+    float32, as sums of some hundred roundings).
+
+    Args:
+        case: Sizes and options.
+        attend: Takes the arguments of `attention.attend` and `return_lse=True`.
+        forward_mode: Whether to check the tangents too.
+
+    Raises:
+        AssertionError: Naming the output at fault.
+    """
+    inputs = case.inputs()
+    arrays = {name: x for name, x in inputs.items() if isinstance(x, Array)}
+    if case.scale is not None:
+        arrays["scale"] = jnp.asarray(case.scale, jnp.float32)
+    random = np.random.default_rng(1)
+    shape = (*inputs["q"].shape[:3], case.value_dim)
+    d_out, d_lse = random.standard_normal(shape), random.standard_normal(shape[:3])
+    moves = {name: random.standard_normal(x.shape) for name, x in arrays.items()}
+
+    def results(attend: Callable[..., Any], arrays: dict[str, Array]) -> dict[str, Any]:
+        def finite(arrays: dict[str, Array]) -> tuple[Array, Array]:
+            out, lse = attend(**inputs | arrays, return_lse=True)
+            return out, jnp.where(jnp.isinf(lse), 0, lse)
+
+        (out, lse), pull = jax.vjp(finite, arrays)
+        (grads,) = pull((jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype)))
+        found = {"out": out, "lse": lse} | {f"d {name}": x for name, x in grads.items()}
+        if forward_mode:
+            tangents = {name: jnp.asarray(moves[name], x.dtype) for name, x in arrays.items()}
+            found["out'"], found["lse'"] = jax.jvp(finite, (arrays,), (tangents,))[1]
+        return found
+
+    @jax.jit
+    def narrow(arrays: dict[str, Array]) -> Any:
+        return results(attend, arrays), results(attention.attend, arrays)
+
+    found, plain = narrow(arrays)
+    with jax.enable_x64():
+        wide = {name: jnp.asarray(np.float64(x)) for name, x in arrays.items()}
+        exact = jax.jit(functools.partial(results, attention.attend))(wide)
+    for name, x in found.items():
+        if x.dtype != plain[name].dtype:
+            raise AssertionError(f"{name} has dtype {x.dtype}, expected {plain[name].dtype}.")
+        one, other, truth = (np.asarray(y, np.float64) for y in (x, plain[name], exact[name]))
+        size = np.abs(truth).max(initial=1e-2)
+        error, allowed = np.abs(one - truth).max(initial=0), np.abs(other - truth).max(initial=0)
+        unit = jnp.finfo(jnp.float32 if name.startswith("lse") else case.dtype).eps
+        allowed = max(1.25 * allowed, size * max(float(unit), 2e-6))
+        if not error <= allowed:
+            raise AssertionError(f"{name} is off by {error:.3g}, allowed are {allowed:.3g}.")
 
 
 def attention_cases() -> list[AttentionCase]:

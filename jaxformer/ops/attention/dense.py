@@ -17,7 +17,8 @@ def attend(
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N Hv"]:
+    return_lse: bool = False,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Averages the values at the keys that each query may look at, weighted by how well they match.
 
     In order: `x = scale * q·k`; `x = softcap * tanh(x / softcap)`; `x = x + bias`; the mask; a
@@ -37,6 +38,8 @@ def attend(
         softcap: Bound on the magnitude of logits before `bias`; none if None.
         sinks: A logit for each head of a key without a value: it takes its share of the weight, so
             that the rest sums to less than 1. Neither scaled nor capped.
+        return_lse: Also return the logarithm of each row's sum of exponentials, in the dtype of the
+            softmax; -inf for a row that may look nowhere.
 
     Returns:
         An array with the dtype of `q`.
@@ -58,7 +61,8 @@ def attend(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     # Heads go before T here, on the small array: else XLA would transpose the T×S one.
-    q_grouped = q.reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = (num_kv_heads, num_heads // num_kv_heads)
+    q_grouped = q.reshape(batch, length, *grouped, head_dim).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("BKGTH,BSKH->BKGTS", q_grouped, k, preferred_element_type=dtype)
     grouped_shape = logits.shape
     logits = logits.reshape(shape) * (head_dim**-0.5 if scale is None else scale)
@@ -81,12 +85,17 @@ def attend(
     total = weights.sum(axis=-1)
     if sinks is not None:
         total = total + jnp.exp(sinks - largest)[..., 0]
-    total = jnp.where(total == 0, 1, total).transpose(0, 2, 1)[..., None]  # B T N 1
+    empty = total == 0
+    total = jnp.where(empty, 1, total).transpose(0, 2, 1)[..., None]  # B T N 1
 
     # Dividing after the product touches T×H numbers rather than T×S.
     weights = weights.reshape(grouped_shape).astype(v.dtype)
     y = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=dtype)
-    return (y.reshape(batch, length, num_heads, -1) / total).astype(q.dtype)
+    y = (y.reshape(*q.shape[:3], v.shape[3]) / total).astype(q.dtype)
+    if not return_lse:
+        return y
+    lse = jnp.log(total[..., 0]) + largest[..., 0].swapaxes(1, 2)
+    return y, jnp.where(empty.swapaxes(1, 2), -jnp.inf, lse)
 
 
 def check_arguments(

@@ -106,12 +106,25 @@ class Mask:
 # In the classes below leaves are `Any`: JAX puts axis numbers, shapes or sentinels in their place.
 @dataclass_transform(frozen_default=True)
 def _value(cls: _Class) -> _Class:
-    """Makes a frozen dataclass and a tree of the class: fields of type `Any` are its leaves."""
+    """Makes a frozen dataclass and a tree of the class: fields of type `Any` are its leaves.
+
+    `jax.tree_util.register_dataclass` would not do: it calls the structures of two classes equal
+    whose static fields are, so that `a & b` could be taken for `a | b` from a cache.
+    """
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)
     leaves = [field.name for field in fields if field.type is Any]
     static = [field.name for field in fields if field.type is not Any]
-    return jax.tree_util.register_dataclass(cls, leaves, static)
+
+    def flatten(mask: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        keys = [(jax.tree_util.GetAttrKey(name), getattr(mask, name)) for name in leaves]
+        return keys, (cls, *(getattr(mask, name) for name in static))
+
+    def unflatten(values: tuple[Any, ...], children: Any) -> Any:
+        return cls(**dict(zip(leaves, children)), **dict(zip(static, values[1:])))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
 class _Join(Mask):

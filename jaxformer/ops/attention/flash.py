@@ -1,0 +1,242 @@
+"""Attention without the T×S matrix: one function for every argument on every platform.
+
+For example, in place of `attention.attend`:
+
+    from jaxformer.ops.attention import flash
+
+    y = flash.attend(q, k, v, attention.causal() & attention.key_lengths(lengths))
+    print(flash.choose(q, k, v))  # what would compute it here, and why not something else
+"""
+
+import dataclasses
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxformer.ops.attention import _flash_rules, dense
+from jaxformer.ops.attention._xla_tiles import varying
+from jaxformer.ops.attention.dense import check_arguments
+from jaxformer.ops.attention.masks import Mask, check_joined
+from jaxformer.typing import Array, Float
+
+IMPLEMENTATIONS = ("tpu", "gpu", "triton", "xla", "dense")
+
+_BY_PLATFORM = {
+    "tpu": ("tpu", "xla"),
+    "gpu": ("gpu", "triton", "xla"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What computes a call of `attend`.
+
+    Attributes:
+        implementation: One of `IMPLEMENTATIONS`.
+        passed_over: Faster ones that were passed over, each with the reason.
+    """
+
+    implementation: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
+        return f"{self.implementation} ({reasons})" if reasons else self.implementation
+
+
+@overload
+def attend(*args: Any, return_lse: Literal[False] = False, **kwargs: Any) -> Array: ...
+@overload
+def attend(*args: Any, return_lse: Literal[True], **kwargs: Any) -> tuple[Array, Array]: ...
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    mask: Mask | None = None,
+    *,
+    bias: Float[Array, "..."] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Means what `attention.attend` means, in memory linear in T and S, and faster.
+
+    Differentiable in both modes and twice; under `vmap` the mapped axis joins the batch; under
+    `shard_map` each device attends to its own. Rows that may look nowhere give zeros and send zero
+    gradients. Softmax and sums are in float32 (float64 if `q` is).
+
+    Args:
+        q: Queries; N a multiple of K.
+        k: Keys.
+        v: Values.
+        mask: Who may look where; blocks that it empties cost nothing.
+        bias: Added to the logits; of rank up to 4, broadcast to B N T S. It has a gradient.
+        scale: Factor of the dot products; H**-0.5 if None. An array has a gradient.
+        softcap: Bound on the magnitude of logits before `bias`; none if None.
+        sinks: A logit for each head of a key without a value.
+        implementation: One of `IMPLEMENTATIONS`; the fastest that `choose` finds if None.
+        return_lse: Also return the logarithm of each row's sum of exponentials (of the sink too),
+            -inf for a row that may look nowhere, so that results over several sets of keys can be
+            joined by `merge`. It has a gradient.
+
+    Raises:
+        ValueError: If shapes disagree, or there is no such implementation.
+        NotImplementedError: If the implementation asked for cannot do this call; the text says why.
+
+    References:
+        Dao et al. 2022, "FlashAttention". https://arxiv.org/abs/2205.14135
+        Dao 2023, "FlashAttention-2": the gradient from the row's logarithm. https://arxiv.org/abs/2307.08691
+    """
+    check_arguments(q, k, v, bias=bias, softcap=softcap, sinks=sinks)
+    name = choose(
+        q,
+        k,
+        v,
+        mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        implementation=implementation,
+    ).implementation
+    if name == "dense" or 0 in (*q.shape, *k.shape, v.shape[3]):
+        options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+        return dense.attend(q, k, v, mask, **options, return_lse=return_lse)
+    operands, mask, fixed = _canonical(q, k, v, mask, bias, scale, sinks)
+    call = _flash_rules.Call(name, fixed, softcap)
+    out, lse = _flash_rules.attend(call, operands, mask)
+    return (out, lse.swapaxes(1, 2)) if return_lse else out
+
+
+def choose(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Mask | None = None,
+    *,
+    bias: Any = None,
+    scale: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    implementation: str | None = None,
+) -> Choice:
+    """Says which implementation `attend` takes for these arguments here, and why.
+
+    Args:
+        q: Queries, an array or anything with its shape and dtype; the others as in `attend`.
+        k: Keys.
+        v: Values.
+        mask: Who may look where.
+        bias: Added to the logits.
+        scale: Factor of the dot products.
+        softcap: Bound of the logits.
+        sinks: A logit for each head.
+        implementation: What is asked for, or None.
+
+    Raises:
+        ValueError: If there is no such implementation.
+        NotImplementedError: If the one asked for cannot do this.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"there is no implementation {implementation!r}; there are {names}.")
+    options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+    if implementation is not None:
+        reason = _refusal(implementation, q, k, v, mask, options)
+        if reason is not None:
+            raise NotImplementedError(f"attend: {implementation!r} cannot: {reason}.")
+        return Choice(implementation, {})
+    passed_over: dict[str, str] = {}
+    for name in _BY_PLATFORM.get(platform(), ("xla",)):
+        reason = _refusal(name, q, k, v, mask, options)
+        if reason is None:
+            return Choice(name, passed_over)
+        passed_over[name] = reason
+    raise AssertionError("xla refuses nothing")
+
+
+def merge(*parts: tuple[Array, Array]) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Joins results over disjoint sets of keys, each with its `lse`, to that over all of them.
+
+    Args:
+        *parts: Pairs (out, lse) as `attend(..., return_lse=True)` returns them.
+
+    Returns:
+        Such a pair.
+    """
+    outs, lses = zip(*parts)
+    top = lses[0]
+    for lse in lses[1:]:
+        top = jnp.maximum(top, lse)
+    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    shares = [jnp.exp(lse - top) for lse in lses]
+    total = sum(shares[1:], shares[0])
+    divisor = jnp.where(total == 0, 1, total)
+    mixed = sum(share[..., None] * out.astype(share.dtype) for share, out in zip(shares, outs))
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))
+    return (mixed / divisor[..., None]).astype(outs[0].dtype), lse
+
+
+def platform() -> str:
+    """What is computed on, "cpu", "gpu" or "tpu"; while compiling for other devices, those."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        kind = device.device_kind
+        return "tpu" if kind.startswith("TPU") else "gpu" if "NVIDIA" in kind else "cpu"
+    default = jax.config.jax_default_device
+    if default is not None:
+        return default if isinstance(default, str) else default.platform
+    return jax.default_backend()
+
+
+def _refusal(name: str, q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> str | None:
+    if name == "dense":
+        return None
+    try:
+        module = _flash_rules.Call(name, None, None).module
+    except ImportError as error:
+        return str(error)
+    return module.refuses(q, k, v, mask, **options)
+
+
+def _canonical(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask | None,
+    bias: Array | None,
+    scale: float | Array | None,
+    sinks: Array | None,
+) -> tuple[dict[str, Array | None], Mask | None, float | None]:
+    """The operands, all varying over the same axes of `shard_map`; the mask; a static scale."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    fixed = None if isinstance(scale, jax.Array) else float(scale)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if mask is not None:
+        mask = mask.canonical(q.shape[1], k.shape[1])
+        check_joined(mask)
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        for leaf in jax.tree.leaves(mask):
+            dense.check_broadcast("mask", leaf.shape, shape)
+    operands = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": bias,
+        "scale": scale if fixed is None else None,
+        "sinks": sinks,
+    }
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves((operands, mask))))
+    if axes:
+
+        def spread(x: Array) -> Array:
+            missing = tuple(axes - varying(x))
+            return lax.pcast(x, missing, to="varying") if missing else x
+
+        operands, mask = jax.tree.map(spread, (operands, mask))
+    return operands, mask, fixed
