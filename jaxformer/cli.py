@@ -1,7 +1,8 @@
-"""The command line: `jaxformer tokenizer train | encode | decode | card | convert`.
+"""The command line: `jaxformer tokenizer ...` and `jaxformer preflight kernels`.
 
-A user's mistake is one line on standard error and exit code 2, an interrupt is 130 without a
-traceback, and a pipe that closes, as before `head`, ends the program quietly with 141.
+A command is imported when it is called for, so that those of tokenizers load no JAX. A user's
+mistake is one line on standard error and exit code 2, an interrupt is 130 without a traceback, and
+a pipe that closes, as before `head`, ends the program quietly with 141.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 USAGE = """usage: jaxformer tokenizer {train,encode,decode,card,convert} [--help] ...
+       jaxformer preflight kernels [--help] ...
        jaxformer --version
 """
 
@@ -48,14 +50,16 @@ def _run(arguments: Sequence[str] | None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
-    if words[:1] != ["tokenizer"]:
+    if words[:1] not in (["tokenizer"], ["preflight"]):
         named = f"there is no command {words[0]!r}" if words else "which command?"
         print(f"jaxformer: {named}\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        from jaxformer.commands import tokenizer
-
-        tokenizer.run(words[1:])
+        if words[0] == "tokenizer":
+            from jaxformer.commands import tokenizer as command
+        else:
+            from jaxformer.commands import preflight as command
+        code = command.run(words[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -65,7 +69,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 141
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    return 0
+    return code or 0
 
 
 class _Closed(io.TextIOBase):

@@ -59,7 +59,7 @@ class Call:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(call: Call, operands: dict[str, Array | None], mask: Tree) -> tuple[Array, Array]:
-    """Attends; gives the result and the logarithm of the sum of exponentials, B N T.
+    """Attends; gives the result and the logarithm of the sum of exponentials, B T N.
 
     Args:
         call: What is static.
@@ -193,15 +193,12 @@ def _pulled(
     run = functools.partial(backward, module.backward)
     plain = functools.partial(backward, _flash_xla.backward)
     found = _twice(_folding(run, whole=any(demands.values())), plain)(arrays, mask)
-    if "sinks" in names:
-        sinks = operands["sinks"]
-        delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1).swapaxes(1, 2) - d_lse
-        share = jnp.exp(sinks.astype(lse.dtype)[None, :, None] - finite(lse))
-        found["sinks"] = -(share * delta).sum((0, 2))
-    for name in names:
-        x = operands[name]
-        found[name] = found[name].astype(x.dtype).reshape(x.shape)
-    return found
+    wanted = {name: x for name, x in operands.items() if name in names and x is not None}
+    if "sinks" in wanted:
+        delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - d_lse
+        share = jnp.exp(wanted["sinks"].astype(lse.dtype)[None, None] - finite(lse))
+        found["sinks"] = -(share * delta).sum((0, 1))
+    return {name: found[name].astype(x.dtype).reshape(x.shape) for name, x in wanted.items()}
 
 
 def _twice(run: Callable[[Any, Any], Any], plain: Callable[[Any, Any], Any]) -> Any:

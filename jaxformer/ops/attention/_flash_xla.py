@@ -45,7 +45,7 @@ def forward(
     block: int | None = None,
     tile: int | None = None,
 ) -> tuple[Array, Array]:
-    """Attends; also gives the logarithm of the sum of exponentials of each row, B N T.
+    """Attends; also gives the logarithm of the sum of exponentials of each row, B T N.
 
     Args:
         q: B T N H.
@@ -96,7 +96,7 @@ def forward(
         return carry, (out, lse)
 
     _, (out, lse) = tiles.over_chunks(chunk, None)
-    return tiles.from_query(out).astype(q.dtype), tiles.from_query(lse)[..., 0].swapaxes(1, 2)
+    return tiles.from_query(out).astype(q.dtype), tiles.from_query(lse)[..., 0]
 
 
 def tangent(
@@ -126,7 +126,7 @@ def tangent(
     t_k, t_v = (None if x is None else tiles.by_key(x) for x in map(tangents.get, "kv"))
     t_bias = None if tangents["bias"] is None else tiles.padded(tangents["bias"])
     t_scale = tangents["scale"]
-    lse_rows = tiles.by_query(lse.swapaxes(1, 2)[..., None])
+    lse_rows = tiles.by_query(lse[..., None])
 
     def chunk(carry: None, where: Array) -> tuple[None, Any]:
         rows = (*tiles.size, tiles.query_block)
@@ -173,11 +173,11 @@ def tangent(
         return product("bkgth,bksh->bkgts", one, other)
 
     _, (d_lse, d_out) = tiles.over_chunks(chunk, None)
-    d_lse, d_out = tiles.from_query(d_lse)[..., 0].swapaxes(1, 2), tiles.from_query(d_out)
+    d_lse, d_out = tiles.from_query(d_lse)[..., 0], tiles.from_query(d_out)
     if sinks is not None and tangents["sinks"] is not None:
-        share = jnp.exp(sinks.astype(dtype)[None, :, None] - finite(lse))
-        d_lse = d_lse + share * tangents["sinks"].astype(dtype)[None, :, None]
-    d_out = d_out - d_lse.swapaxes(1, 2)[..., None] * out.astype(dtype)
+        share = jnp.exp(sinks.astype(dtype)[None, None] - finite(lse))
+        d_lse = d_lse + share * tangents["sinks"].astype(dtype)[None, None]
+    d_out = d_out - d_lse[..., None] * out.astype(dtype)
     return d_out.astype(q.dtype), d_lse
 
 
@@ -203,9 +203,9 @@ def backward(
     """Pulls cotangents of `out` and `lse` back to q, k, v, and on demand to bias and scale."""
     tiles = Tiles(q, k, v, mask, bias, scale, softcap, block, tile, by="key")
     dtype = tiles.dtype
-    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype).swapaxes(1, 2)
+    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype)
     d_rows, lse_rows, delta_rows = (
-        tiles.by_query(x) for x in (d_out, lse.swapaxes(1, 2)[..., None], delta[..., None])
+        tiles.by_query(x) for x in (d_out, lse[..., None], delta[..., None])
     )
 
     def chunk(sums: Any, where: Array) -> tuple[Any, Any]:

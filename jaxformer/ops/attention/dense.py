@@ -1,5 +1,7 @@
 """Attention by its definition: the meaning that every faster implementation is held to."""
 
+from typing import Any, Literal, overload
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,10 @@ from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array, Float
 
 
+@overload
+def attend(*args: Any, return_lse: Literal[False] = False, **kwargs: Any) -> Array: ...
+@overload
+def attend(*args: Any, return_lse: Literal[True], **kwargs: Any) -> tuple[Array, Array]: ...
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -23,6 +23,7 @@ from jaxformer.typing import Array, Float
 
 IMPLEMENTATIONS = ("tpu", "gpu", "triton", "xla", "dense")
 
+_HOPPER = ("H100", "H200", "GH200", "H20", "H800")
 _BY_PLATFORM = {
     "tpu": ("tpu", "xla"),
     "gpu": ("gpu", "triton", "xla"),
@@ -109,7 +110,7 @@ def attend(
     operands, mask, fixed = _canonical(q, k, v, mask, bias, scale, sinks)
     call = _flash_rules.Call(name, fixed, softcap)
     out, lse = _flash_rules.attend(call, operands, mask)
-    return (out, lse.swapaxes(1, 2)) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def choose(
@@ -183,19 +184,32 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Float[Array, "B T N Hv"], Float[
 
 def platform() -> str:
     """What is computed on, "cpu", "gpu" or "tpu"; while compiling for other devices, those."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        kind = device.device_kind
+    kind = _abstract_kind()
+    if kind is not None:
         return "tpu" if kind.startswith("TPU") else "gpu" if "NVIDIA" in kind else "cpu"
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is not None:
         return default if isinstance(default, str) else default.platform
     return jax.default_backend()
 
 
+def _abstract_kind() -> str | None:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return None if device is None else device.device_kind
+
+
+def _device_kind() -> str:
+    return _abstract_kind() or jax.devices()[0].device_kind
+
+
 def _refusal(name: str, q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> str | None:
-    if name == "dense":
+    if name in ("dense", "xla"):
         return None
+    needed, found = "tpu" if name == "tpu" else "gpu", platform()
+    if found != needed:
+        return f"it needs a {needed.upper()}, this is a {found.upper()}"
+    if name == "gpu" and not any(word in _device_kind() for word in _HOPPER):
+        return f"it needs a Hopper GPU, this is {_device_kind()!r}"
     try:
         module = _flash_rules.Call(name, None, None).module
     except ImportError as error:
@@ -213,8 +227,8 @@ def _canonical(
     sinks: Array | None,
 ) -> tuple[dict[str, Array | None], Mask | None, float | None]:
     """The operands, all varying over the same axes of `shard_map`; the mask; a static scale."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    fixed = None if isinstance(scale, jax.Array) else float(scale)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    fixed = None if isinstance(factor, jax.Array) else float(factor)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     if mask is not None:
@@ -228,7 +242,7 @@ def _canonical(
         "k": k,
         "v": v,
         "bias": bias,
-        "scale": scale if fixed is None else None,
+        "scale": factor if isinstance(factor, jax.Array) else None,
         "sinks": sinks,
     }
     axes = frozenset().union(*(varying(x) for x in jax.tree.leaves((operands, mask))))

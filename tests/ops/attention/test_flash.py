@@ -41,8 +41,12 @@ def assert_close(found, expected, units=64):
         np.testing.assert_allclose(one, other, atol=units * eps * max(np.abs(other).max(), 1e-2))
 
 
-@pytest.mark.parametrize("block", [512, 4])
-@pytest.mark.parametrize("name", CASES)
+ONE_BLOCK = ("causal", "segments", "bias_by_head", "everything_at_once")
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [(name, 4) for name in CASES] + [(name, 512) for name in ONE_BLOCK]
+)
 def test_outputs_and_derivatives_of_both_modes_are_those_of_dense_attention(
     name, block, monkeypatch
 ):

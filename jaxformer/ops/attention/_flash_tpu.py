@@ -1,0 +1,227 @@
+"""Attention on TPU by Pallas kernels: the forward one, and one for all gradients.
+
+Arguments are canonical ones of `flash.attend`, which owns the rules of differentiation. Both
+passes read blocks of queries and keys into vector memory by a list (`_flash_tpu_steps`), in bfloat16
+or float32; float16, which a TPU does not have, is widened. Sizes of blocks come from a table by chip,
+head size and dtype, made from static schedules.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.ops.attention import _flash_tpu_backward, _flash_tpu_forward
+from jaxformer.ops.attention._flash_tpu_steps import LANES, LOG2E, Cut
+from jaxformer.ops.attention._tpu_blocks import TABLE
+from jaxformer.ops.attention.masks import Mask
+from jaxformer.typing import Array, Float
+
+_MIB = 1 << 20
+_VMEM = {"TPU v7": 56 * _MIB, "TPU v4": 14 * _MIB}
+_MOST_VMEM = 100 * _MIB  # of the 128 of v5e and v6e
+
+
+def refuses(
+    q: Any, k: Any, v: Any, mask: Mask | None, *, bias: Any, scale: Any, softcap: Any, sinks: Any
+) -> str | None:
+    """Says why the kernels cannot do a call, or None; shapes and dtypes are looked at alone."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"the TPU kernel takes float32, bfloat16 and float16, got {name} of {x.dtype}."
+    for name, size in (("H", q.shape[3]), ("Hv", v.shape[3])):
+        if size > 256:
+            return f"the TPU kernel takes head sizes up to 256, got {name}={size}."
+    if min(*q.shape, *k.shape, *v.shape) == 0:
+        return f"the TPU kernel needs something to do, got q, k, v of {q.shape, k.shape, v.shape}."
+    return None
+
+
+def forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    mask: Mask | None,
+    *,
+    bias: Float[Array, "..."] | None,
+    scale: float | Float[Array, ""],
+    softcap: float | None,
+    sinks: Float[Array, "N"] | None,
+    interpret: Any = False,
+    block_sizes: Cut | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Computes attention, as `dense.attend` means it, and its log-sum-exp.
+
+    Args:
+        q: Queries; N a multiple of K.
+        k: Keys.
+        v: Values.
+        mask: Who may look where.
+        bias: Added to the logits.
+        scale: Factor of the dot products.
+        softcap: Bound of the logits before `bias`.
+        sinks: Logits of keys without values.
+        interpret: As in `pl.pallas_call`: True or `pltpu.InterpretParams()` to run without a TPU.
+        block_sizes: In place of those of the table.
+
+    Returns:
+        The output in the dtype of `q`; the logarithm of the sum of exponentials of the logits, sink
+        included, in float32, -inf for a query that may look nowhere.
+    """
+    mask = None if mask is None else mask.canonical(q.shape[1], k.shape[1])
+    dtype = _dtype(q, k, v)
+    cut = _fitted(block_sizes or _sizes("forward", q, v, dtype), q.shape[1], k.shape[1])
+    out, lse = _flash_tpu_forward.forward(
+        *(_heads_first(x, dtype) for x in (q, k, v)),
+        mask,
+        bias=_rank4(bias),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        cut=cut,
+        vmem=_vmem(),
+        interpret=interpret,
+    )
+    return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
+
+
+def backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    mask: Mask | None,
+    out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N Hv"],
+    d_lse: Float[Array, "B T N"],
+    *,
+    bias: Float[Array, "..."] | None,
+    scale: float | Float[Array, ""],
+    softcap: float | None,
+    sinks: Float[Array, "N"] | None,
+    bias_gradient: bool,
+    interpret: Any = False,
+    block_sizes: Cut | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Computes the gradients of q, k, v (and of the bias, by the XLA form) from those of `forward`.
+
+    Args:
+        q: As in `forward`, like k, v, mask, bias, scale, softcap and sinks.
+        k: Keys.
+        v: Values.
+        mask: Who may look where.
+        out: What `forward` gave.
+        lse: Likewise.
+        d_out: Gradient of `out`.
+        d_lse: Gradient of `lse`.
+        bias: Added to the logits.
+        scale: Factor of the dot products.
+        softcap: Bound of the logits.
+        sinks: Logits of keys without values; what they did is in `lse`.
+        bias_gradient: Whether the gradient of the bias is wanted.
+        interpret: As in `forward`.
+        block_sizes: In place of those of the table.
+
+    Returns:
+        Gradients in the dtypes of q, k and v, and that of the bias in float32 or None.
+    """
+    if bias_gradient:
+        from jaxformer.ops.attention import _flash_xla
+
+        options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+        saved = (q, k, v, mask, out, lse, d_out, d_lse)
+        return _flash_xla.backward(*saved, **options, bias_gradient=True)
+    query_length, key_length, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    mask = None if mask is None else mask.canonical(query_length, key_length)
+    dtype = _dtype(q, k, v)
+    cut = _fitted(block_sizes or _sizes("backward", q, v, dtype), query_length, key_length)
+
+    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    rows = jnp.stack([lse, inner], axis=1).transpose(0, 3, 1, 2)  # B N 2 T
+    inputs = [_heads_first(x, dtype) for x in (q, k, v, d_out)]
+
+    blocks = -(-query_length // cut.query)
+    each = _blocks_at_once(group, q.shape[3], cut, dtype)
+    parts = [range(start, min(start + each, blocks)) for start in range(0, blocks, each)]
+    partial = functools.partial(
+        _flash_tpu_backward.backward,
+        *inputs[:3],
+        mask,
+        inputs[3],
+        rows,
+        bias=_rank4(bias),
+        scale=scale,
+        softcap=softcap,
+        cut=cut,
+        vmem=_vmem(),
+        dtype=dtype if len(parts) == 1 else jnp.float32,
+        interpret=interpret,
+    )
+    found = [partial(queries=part) for part in parts]
+    dq = jnp.concatenate([dq for dq, _, _ in found], axis=2)[:, :, :query_length]
+    dk, dv = (functools.reduce(jnp.add, [x[n] for x in found]) for n in (1, 2))
+    gradients = [x.swapaxes(1, 2).astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v))]
+    return gradients[0], gradients[1], gradients[2], None
+
+
+def _dtype(*arrays: Array) -> Any:
+    """What the kernels compute products in."""
+    found = functools.reduce(jnp.promote_types, (x.dtype for x in arrays))
+    return jnp.bfloat16 if found == jnp.bfloat16 else jnp.float32
+
+
+def _heads_first(x: Array, dtype: Any) -> Array:
+    return x.swapaxes(1, 2).astype(dtype)
+
+
+def _rank4(bias: Array | None) -> Array | None:
+    return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+
+
+def _sizes(which: str, q: Array, v: Array, dtype: Any) -> Cut:
+    """The entry of the table that is nearest."""
+    chip = TABLE.get(_chip(), TABLE["TPU v5 lite"])
+    wanted = max(q.shape[3], v.shape[3])
+    itemsize = jnp.dtype(dtype).itemsize
+    key = min(
+        (key for key in chip if key[0] == which),
+        key=lambda key: (key[2] != itemsize, abs(key[1] - wanted)),
+    )
+    return Cut(*chip[key])
+
+
+def _fitted(cut: Cut, query_length: int, key_length: int) -> Cut:
+    """Makes blocks no longer than the sequences; the rows of a tile come in sixteens."""
+    rows, query = _shrunk(cut.rows, cut.query, query_length, 16)
+    columns, key = _shrunk(cut.columns, cut.key, key_length, LANES)
+    return Cut(query, key, rows, columns, cut.ahead)
+
+
+def _shrunk(cell: int, block: int, length: int, unit: int) -> tuple[int, int]:
+    if length >= block:
+        return cell, block
+    if length > cell:
+        return cell, -(-length // cell) * cell
+    cell = min(-(-length // unit) * unit, cell)
+    return cell, cell
+
+
+def _blocks_at_once(group: int, channels: int, cut: Cut, dtype: Any) -> int:
+    """How many blocks of queries have their gradients in vector memory together."""
+    lanes = -(-channels // LANES) * LANES
+    bytes_each = group * cut.query * (4 * channels + 2 * jnp.dtype(dtype).itemsize * lanes)
+    return max(1, _vmem() // 2 // bytes_each)
+
+
+def _vmem() -> int:
+    return next((size for kind, size in _VMEM.items() if _chip().startswith(kind)), _MOST_VMEM)
+
+
+def _chip() -> str:
+    """The kind of the TPU that is traced for, also where none is present; else empty."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.device_kind.startswith("TPU"):
+        return device.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
