@@ -1,9 +1,9 @@
 """Attention on TPU by Pallas kernels: the forward one, and one for all gradients.
 
 Arguments are canonical ones of `flash.attend`, which owns the rules of differentiation. Both
-passes read blocks of queries and keys into vector memory by a list (`_flash_tpu_steps`), in bfloat16
-or float32; float16, which a TPU does not have, is widened. Sizes of blocks come from a table by chip,
-head size and dtype, made from static schedules.
+passes read blocks of queries and keys into vector memory by a list (`_flash_tpu_steps`), in
+bfloat16 or float32; float16, which a TPU does not have, is widened. Sizes of blocks come from a
+table by chip, head size and dtype, made from static schedules.
 """
 
 import functools
@@ -71,7 +71,7 @@ def forward(
     """
     mask = None if mask is None else mask.canonical(q.shape[1], k.shape[1])
     dtype = _dtype(q, k, v)
-    cut = _fitted(block_sizes or _sizes("forward", q, v, dtype), q.shape[1], k.shape[1])
+    cut = _fitted(block_sizes or _sizes("forward", q, v, dtype), q.shape[1], k.shape[1], 16)
     out, lse = _flash_tpu_forward.forward(
         *(_heads_first(x, dtype) for x in (q, k, v)),
         mask,
@@ -135,7 +135,8 @@ def backward(
     query_length, key_length, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     mask = None if mask is None else mask.canonical(query_length, key_length)
     dtype = _dtype(q, k, v)
-    cut = _fitted(block_sizes or _sizes("backward", q, v, dtype), query_length, key_length)
+    sizes = block_sizes or _sizes("backward", q, v, dtype)
+    cut = _fitted(sizes, query_length, key_length, LANES)
 
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
@@ -177,7 +178,10 @@ def _heads_first(x: Array, dtype: Any) -> Array:
 
 
 def _rank4(bias: Array | None) -> Array | None:
-    return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if bias is None:
+        return None
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    return bias if bias.dtype == jnp.bfloat16 else bias.astype(jnp.float32)
 
 
 def _sizes(which: str, q: Array, v: Array, dtype: Any) -> Cut:
@@ -192,9 +196,9 @@ def _sizes(which: str, q: Array, v: Array, dtype: Any) -> Cut:
     return Cut(*chip[key])
 
 
-def _fitted(cut: Cut, query_length: int, key_length: int) -> Cut:
-    """Makes blocks no longer than the sequences; the rows of a tile come in sixteens."""
-    rows, query = _shrunk(cut.rows, cut.query, query_length, 16)
+def _fitted(cut: Cut, query_length: int, key_length: int, unit: int) -> Cut:
+    """Makes blocks no longer than the sequences; queries in a cell are a multiple of `unit`."""
+    rows, query = _shrunk(cut.rows, cut.query, query_length, unit)
     columns, key = _shrunk(cut.columns, cut.key, key_length, LANES)
     return Cut(query, key, rows, columns, cut.ahead)
 

@@ -215,11 +215,12 @@ def backward(
                 pltpu.VMEM((value_channels, cut.key), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, total, channels), q.dtype),
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-        ],
+        out_shape=steps_of.results(
+            arrays,
+            ((batch, heads, total, channels), q.dtype),
+            (k.shape, dtype),
+            (v.shape, dtype),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem,

@@ -179,10 +179,11 @@ def forward(
                 pltpu.VMEM((cut.query, value_channels), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, query_length, value_channels), q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, row_length), jnp.float32),
-        ],
+        out_shape=steps_of.results(
+            arrays,
+            ((batch, heads, query_length, value_channels), q.dtype),
+            ((batch, heads, 1, row_length), jnp.float32),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem
         ),

@@ -260,6 +260,13 @@ def column(row: Array) -> Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
+def results(arrays: list[Array], *kinds: tuple[tuple[int, ...], Any]) -> list:
+    """Shapes and dtypes as `pl.pallas_call` takes them: varying over devices as any array does."""
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    kind = jax.sharding.ManualAxisType(varying=varying)
+    return [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in kinds]
+
+
 def part(index: int, size: int) -> slice:
     """The slice of a cell within its block."""
     return slice(index * size, (index + 1) * size)
