@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.ops.attention import _flash_tpu_backward, _flash_tpu_forward
-from jaxformer.ops.attention._flash_tpu_steps import LANES, LOG2E, Cut
+from jaxformer.ops.attention._flash_tpu_steps import LANES, LOG2E, MOST_STEPS, Cut
 from jaxformer.ops.attention._tpu_blocks import TABLE
 from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array, Float
@@ -35,6 +35,14 @@ def refuses(
             return f"the TPU kernel takes head sizes up to 256, got {name}={size}."
     if min(*q.shape, *k.shape, *v.shape) == 0:
         return f"the TPU kernel needs something to do, got q, k, v of {q.shape, k.shape, v.shape}."
+    dtype = _dtype(q, k, v)
+    sizes = [_sizes(which, q, v, dtype) for which in ("forward", "backward")]
+    pairs = max(-(-q.shape[1] // cut.query) * -(-k.shape[1] // cut.key) for cut in sizes)
+    if pairs > MOST_STEPS:
+        return f"the TPU kernel lists at most {MOST_STEPS} pairs of blocks, T and S have {pairs}."
+    group = q.shape[2] // k.shape[2]
+    if not _blocks_at_once(group, q.shape[3], sizes[1]._replace(query=sizes[1].rows), dtype):
+        return f"the TPU kernel has too little memory for N/K={group} heads of H={q.shape[3]}."
     return None
 
 
@@ -73,7 +81,9 @@ def forward(
     dtype = _dtype(q, k, v)
     cut = _fitted(block_sizes or _sizes("forward", q, v, dtype), q.shape[1], k.shape[1], 16)
     out, lse = _flash_tpu_forward.forward(
-        *(_heads_first(x, dtype) for x in (q, k, v)),
+        _heads_first(q, dtype),
+        _heads_first(k, dtype),
+        _heads_first(v, dtype),
         mask,
         bias=_rank4(bias),
         scale=scale,
@@ -100,11 +110,11 @@ def backward(
     scale: float | Float[Array, ""],
     softcap: float | None,
     sinks: Float[Array, "N"] | None,
-    bias_gradient: bool,
+    bias_gradient: bool = False,
     interpret: Any = False,
     block_sizes: Cut | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Computes the gradients of q, k, v (and of the bias, by the XLA form) from those of `forward`.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], None]:
+    """Pulls cotangents of `out` and `lse` back to q, k and v.
 
     Args:
         q: As in `forward`, like k, v, mask, bias, scale, softcap and sinks.
@@ -119,19 +129,18 @@ def backward(
         scale: Factor of the dot products.
         softcap: Bound of the logits.
         sinks: Logits of keys without values; what they did is in `lse`.
-        bias_gradient: Whether the gradient of the bias is wanted.
+        bias_gradient: Must be False.
         interpret: As in `forward`.
         block_sizes: In place of those of the table.
 
     Returns:
-        Gradients in the dtypes of q, k and v, and that of the bias in float32 or None.
+        Gradients in the dtypes of q, k and v, and None.
+
+    Raises:
+        NotImplementedError: If the gradient of the bias is wanted.
     """
     if bias_gradient:
-        from jaxformer.ops.attention import _flash_xla
-
-        options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
-        saved = (q, k, v, mask, out, lse, d_out, d_lse)
-        return _flash_xla.backward(*saved, **options, bias_gradient=True)
+        raise NotImplementedError("the TPU kernels of attention have no gradient towards bias.")
     query_length, key_length, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     mask = None if mask is None else mask.canonical(query_length, key_length)
     dtype = _dtype(q, k, v)
@@ -143,8 +152,10 @@ def backward(
     rows = jnp.stack([lse, inner], axis=1).transpose(0, 3, 1, 2)  # B N 2 T
     inputs = [_heads_first(x, dtype) for x in (q, k, v, d_out)]
 
+    while cut.query % (2 * cut.rows) == 0 and not _blocks_at_once(group, q.shape[3], cut, dtype):
+        cut = cut._replace(query=cut.query // 2)
     blocks = -(-query_length // cut.query)
-    each = _blocks_at_once(group, q.shape[3], cut, dtype)
+    each = max(1, _blocks_at_once(group, q.shape[3], cut, dtype))
     parts = [range(start, min(start + each, blocks)) for start in range(0, blocks, each)]
     partial = functools.partial(
         _flash_tpu_backward.backward,
@@ -167,7 +178,7 @@ def backward(
     return gradients[0], gradients[1], gradients[2], None
 
 
-def _dtype(*arrays: Array) -> Any:
+def _dtype(*arrays: Any) -> Any:
     """What the kernels compute products in."""
     found = functools.reduce(jnp.promote_types, (x.dtype for x in arrays))
     return jnp.bfloat16 if found == jnp.bfloat16 else jnp.float32
@@ -184,7 +195,7 @@ def _rank4(bias: Array | None) -> Array | None:
     return bias if bias.dtype == jnp.bfloat16 else bias.astype(jnp.float32)
 
 
-def _sizes(which: str, q: Array, v: Array, dtype: Any) -> Cut:
+def _sizes(which: str, q: Any, v: Any, dtype: Any) -> Cut:
     """The entry of the table that is nearest."""
     chip = TABLE.get(_chip(), TABLE["TPU v5 lite"])
     wanted = max(q.shape[3], v.shape[3])
@@ -216,7 +227,7 @@ def _blocks_at_once(group: int, channels: int, cut: Cut, dtype: Any) -> int:
     """How many blocks of queries have their gradients in vector memory together."""
     lanes = -(-channels // LANES) * LANES
     bytes_each = group * cut.query * (4 * channels + 2 * jnp.dtype(dtype).itemsize * lanes)
-    return max(1, _vmem() // 2 // bytes_each)
+    return _vmem() // 2 // bytes_each
 
 
 def _vmem() -> int:

@@ -103,8 +103,8 @@ def backward(
         code = code_ref[steps.of(b, kv * group + g, step)]
         block = steps_of.moving(code)
         first_key = fixed_ref[step] * cut.key
-        by = number_ref[0] if traced else factor
-        final = number_ref[1] if traced else scale
+        by = factor if number_ref is None else number_ref[0]
+        final = scale if number_ref is None else number_ref[1]
 
         @pl.when((step == 0) & (g == 0))
         def _():
@@ -141,7 +141,7 @@ def backward(
             def end(cell, products):
                 at, to, query, d, key, _ = read(cell)
                 here = [load(ref, b, at, to) for load, ref in zip(tiles.load, tile_refs)]
-                x = products[0] * by
+                x = capped = products[0] * by
                 if softcap is not None:
                     capped = jnp.tanh(x)
                     x = (softcap * LOG2E) * capped

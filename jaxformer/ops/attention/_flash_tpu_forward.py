@@ -100,7 +100,7 @@ def forward(
             m_ref[...] = jnp.full_like(m_ref, LOWEST)
             l_ref[...] = jnp.zeros_like(l_ref)
             acc_ref[...] = jnp.zeros_like(acc_ref)
-            if sinks is not None:
+            if number_ref is not None and sinks is not None:
                 sink = jnp.full_like(m_ref, number_ref[sink_at + n])
                 m_ref[...] = jnp.maximum(sink, LOWEST)
                 lane = jax.lax.broadcasted_iota(jnp.int32, sink.shape, 1)
@@ -276,6 +276,7 @@ def _spread(lanes: Array, width: int) -> Array:
 def _partial_sums(p: Array) -> Array:
     """Sums of rows as 128 numbers each, in the lanes where they lie."""
     if p.shape[1] % LANES == 0:
-        return sum(p[:, n : n + LANES] for n in range(0, p.shape[1], LANES))
+        parts = (p[:, n : n + LANES] for n in range(0, p.shape[1], LANES))
+        return functools.reduce(operator.add, parts)
     lane = jax.lax.broadcasted_iota(jnp.int32, (p.shape[0], LANES), 1)
     return jnp.where(lane == 0, p.sum(axis=1, keepdims=True), 0.0)

@@ -343,17 +343,16 @@ def _possible(kind: Any) -> np.ndarray:
 def _fetched(other: np.ndarray, kind: Any) -> Any:
     """The moving block of each step; a skipped one already asks for what comes next."""
     length = len(other)
-    numpy = np if isinstance(kind, np.ndarray) else jnp
     position = np.arange(length)[None, None]
-    ahead = numpy.where(kind != SKIP, position, length)
-    behind = numpy.where(kind != SKIP, position, 0)
-    if isinstance(kind, np.ndarray):
+    ahead = _where(kind)(kind != SKIP, position, length)
+    behind = _where(kind)(kind != SKIP, position, 0)
+    if isinstance(ahead, np.ndarray) and isinstance(behind, np.ndarray):
         ahead = np.minimum.accumulate(ahead[..., ::-1], axis=2)[..., ::-1]
         behind = np.maximum.accumulate(behind, axis=2)
-    else:
-        ahead = jax.lax.cummin(ahead, axis=2, reverse=True)
-        behind = jax.lax.cummax(behind, axis=2)
-    return numpy.asarray(other)[numpy.where(ahead < length, ahead, behind)]
+        return other[np.where(ahead < length, ahead, behind)]
+    ahead = jax.lax.cummin(jnp.asarray(ahead), axis=2, reverse=True)
+    behind = jax.lax.cummax(jnp.asarray(behind), axis=2)
+    return jnp.asarray(other)[jnp.where(ahead < length, ahead, behind)]
 
 
 def _where(kind: Any) -> Callable[..., Any]:

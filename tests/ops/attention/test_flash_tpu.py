@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def kernels(x, d_out, d_lse, **how):
     how = {"block_sizes": MANY_BLOCKS, "interpret": True} | how
     out, lse = _flash_tpu.forward(q, k, v, mask, **options, **how)
     given = (q, k, v, mask, out, lse, d_out, d_lse)
-    return out, lse, *_flash_tpu.backward(*given, **options, bias_gradient=False, **how)[:3]
+    return out, lse, *_flash_tpu.backward(*given, **options, **how)[:3]
 
 
 def meaning(x, d_out, d_lse):
@@ -128,10 +129,19 @@ def test_no_grid_step_races_another_or_reads_what_nobody_wrote():
         ({n: jnp.zeros((3, 13, 5, 257)) for n in "qk"}, "H=257"),
         ({"v": jnp.zeros((3, 13, 5, 260))}, "Hv=260"),
         ({n: jnp.zeros((3, 0, 5, 7)) for n in "kv"}, "(3, 0, 5, 7)"),
+        ({n: jax.ShapeDtypeStruct((1, 300000, 1, 8), jnp.float32) for n in "qkv"}, "have 343396"),
+        ({"q": jnp.zeros((1, 1, 999, 7)), "k": jnp.zeros((1, 1, 1, 7))}, "N/K=999"),
     ],
 )
 def test_what_is_not_possible_is_refused_with_the_number(change, reason):
     assert reason in _flash_tpu.refuses(**testing.AttentionCase("").inputs() | change)
+
+
+def test_a_gradient_of_the_bias_is_refused():
+    x: dict[str, Any] = CASES["bias"].inputs() | {"scale": 0.5}
+    x |= {"out": x["q"], "d_out": x["q"], "lse": x["q"][..., 0], "d_lse": x["q"][..., 0]}
+    with pytest.raises(NotImplementedError, match="bias"):
+        _flash_tpu.backward(**x, bias_gradient=True)
 
 
 PROGRAM = """
@@ -153,7 +163,7 @@ def both(q, bias, seen, traced):
     options = {"bias": bias, "scale": traced, "softcap": None, "sinks": None}
     out, lse = _flash_tpu.forward(q, q, q, mask, **options)
     given = (q, q, q, mask, out, lse, out, lse)
-    return _flash_tpu.backward(*given, **options, bias_gradient=False)[:3]
+    return _flash_tpu.backward(*given, **options)[:3]
 
 
 like = jax.ShapeDtypeStruct
