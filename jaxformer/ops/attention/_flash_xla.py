@@ -210,14 +210,15 @@ def backward(
 
     def chunk(sums: Any, where: Array) -> tuple[Any, Any]:
         size = tiles.size[:2]
-        start = tuple(tiles.zeros(*size, tiles.key_block, x.shape[3]) for x in (k, v))
+        # Channels before keys, so that no product has to transpose a tile of weights.
+        start = tuple(tiles.zeros(*size, x.shape[3], tiles.key_block) for x in (k, v))
 
         def step(carry: Any, pair: Pair) -> tuple[Any, None]:
-            state, d_k, d_v, rest = carry
+            state, d_k, d_v, d_q, sums = carry
             state = jax.tree.map(lambda new, old: jnp.where(pair.first, new, old), start, state)
 
             def look(masked: bool, carry: Any) -> Any:
-                (for_keys, for_values), (d_q, (d_bias, d_scale)) = carry
+                (for_keys, for_values), _, (d_bias, d_scale) = carry
                 x, products, slope = tiles.logits(where, pair, masked)
                 weights = jnp.exp(x - finite(tiles.at_query(lse_rows, where, pair)))
                 upstream = tiles.at_query(d_rows, where, pair)
@@ -231,23 +232,24 @@ def backward(
                     d_scale = d_scale + (products * d_x).sum()
                 queries = tiles.at_query(tiles.q, where, pair)
                 keys = tiles.at_key(tiles.k, where, pair)
-                for_values = for_values + product("bkgts,bkgth->bksh", weights, upstream)
-                for_keys = for_keys + product("bkgts,bkgth->bksh", d_x, queries)
+                for_values = for_values + product("bkgth,bkgts->bkhs", upstream, weights)
+                for_keys = for_keys + product("bkgth,bkgts->bkhs", queries, d_x)
                 more = product("bkgts,bksh->bkgth", d_x, keys)
-                at = pair.query * tiles.query_block
-                more = more + lax.dynamic_slice_in_dim(d_q, at, tiles.query_block, 3)
-                d_q = lax.dynamic_update_slice_in_dim(d_q, more, at, 3)
-                return (for_keys, for_values), (d_q, (d_bias, d_scale))
+                return (for_keys, for_values), more, (d_bias, d_scale)
 
-            state, rest = tiles.by_kind(pair.kind, look, (state, rest))
-            d_k, d_v = (write(x, y, pair.key, 2) for x, y in zip((d_k, d_v), state))
-            return (state, d_k, d_v, rest), None
+            nothing = tiles.zeros(*tiles.size, tiles.query_block, q.shape[3])
+            state, more, sums = tiles.by_kind(pair.kind, look, (state, nothing, sums))
+            at = pair.query * tiles.query_block
+            more = more + lax.dynamic_slice_in_dim(d_q, at, tiles.query_block, 3)
+            d_q = lax.dynamic_update_slice_in_dim(d_q, more, at, 3)
+            d_k, d_v = (write(x, y, pair.key, 3) for x, y in zip((d_k, d_v), state))
+            return (state, d_k, d_v, d_q, sums), None
 
         d_q = tiles.zeros(*tiles.size, tiles.padded_length, q.shape[3])
-        d_k, d_v = (tiles.zeros(*size, tiles.padded_keys, x.shape[3]) for x in (k, v))
-        carry, _ = lax.scan(step, (start, d_k, d_v, (d_q, sums)), tiles.pairs(where))
-        _, d_k, d_v, (d_q, sums) = carry
-        return sums, (d_q, d_k, d_v)
+        d_k, d_v = (tiles.zeros(*size, x.shape[3], tiles.padded_keys) for x in (k, v))
+        carry, _ = lax.scan(step, (start, d_k, d_v, d_q, sums), tiles.pairs(where))
+        _, d_k, d_v, d_q, sums = carry
+        return sums, (d_q, d_k.swapaxes(2, 3), d_v.swapaxes(2, 3))
 
     sums = (
         tiles.zeros(*tiles.bias.shape) if tiles.bias is not None and bias_gradient else None,
