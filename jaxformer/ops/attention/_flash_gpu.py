@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxformer.ops.attention import blocks
 from jaxformer.ops.attention.masks import Mask
@@ -255,15 +254,9 @@ def _lists(
 ) -> tuple[Array, Array]:
     """For each block of rows its blocks of columns, whole ones first, and how many of each."""
     kind = blocks.kinds(mask, length, key_length, query_block, key_block)
-    numpy = np if isinstance(kind, np.ndarray) else jnp
-    kind = kind if axis == 0 else kind.swapaxes(2, 3)
-    order = numpy.argsort(numpy.where(kind == blocks.SKIP, 3, kind), axis=-1, stable=True)
-    whole = (kind == blocks.WHOLE).sum(-1)
-    visited = numpy.maximum((kind != blocks.SKIP).sum(-1), 1)  # each block of rows writes a result
-    if isinstance(visited, np.ndarray):
-        order = order[..., : visited.max()]
-    counts = numpy.stack([whole, visited], -1)
-    return jnp.asarray(order, jnp.int32), jnp.asarray(counts, jnp.int32)
+    order, counts = blocks.listed(kind if axis == 0 else kind.swapaxes(2, 3))
+    whole, visited = counts[..., 0], jnp.maximum(counts.sum(-1), 1)  # each row writes a result
+    return jnp.asarray(order), jnp.stack([jnp.asarray(whole), visited], -1)
 
 
 def _forward_tile(head_dim: int, value_dim: int) -> Tile:

@@ -380,7 +380,7 @@ def _prepared(
     outer, inner = min(sizes.outer, _power(owned)), min(sizes.inner, _power(walked))
     query_block, key_block = (inner, outer) if by_key else (outer, inner)
     kind = blocks.kinds(given.mask, length, key_length, query_block, key_block)
-    order, count = _listed(kind.swapaxes(2, 3) if by_key else kind)
+    order, count = blocks.listed(kind.swapaxes(2, 3) if by_key else kind)
     static = isinstance(kind, np.ndarray)
     at = _Static(
         sizes=sizes._replace(outer=outer, inner=inner),
@@ -422,17 +422,6 @@ def _prepared(
         order=jnp.asarray(order),
         count=jnp.asarray(count),
     ), at
-
-
-def _listed(kind: Any) -> tuple[Any, Any]:
-    """For each row the numbers of its whole, then of its masked blocks, and how many there are."""
-    numpy = np if isinstance(kind, np.ndarray) else jnp
-    whole, masked = kind == blocks.WHOLE, kind == blocks.MASKED
-    order = numpy.argsort(numpy.where(whole, 0, numpy.where(masked, 1, 2)), axis=-1, stable=True)
-    count = numpy.stack([whole.sum(-1), masked.sum(-1)], axis=-1)
-    if numpy is np:
-        order = order[..., : max(count.sum(-1).max(), 1)]
-    return order.astype(np.int32), count.astype(np.int32)
 
 
 def _call(

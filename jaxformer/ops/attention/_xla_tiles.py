@@ -67,12 +67,13 @@ class Tiles:
         self.chunks = self.batch // self.batch_part * self.head_parts
         self.size = (self.batch_part, self.head_part, self.group)
 
-        self.mask = None if mask is None else mask.canonical(self.length, self.num_keys)
         self.walk = blocks.pairs(
             mask, self.length, self.num_keys, self.query_block, self.key_block, by=by
         )
         self.kind, self.kinds = self._kinds()
-        self.mask = None if self.mask is None else self.mask.map(lambda _, x: self.padded(x))
+        if mask is not None:
+            mask = mask.canonical(self.length, self.num_keys).map(lambda _, x: self.padded(x))
+        self.mask = mask
         self.bias = None if bias is None else self.padded(bias)
         self.q, self.k, self.v = self.by_query(q), self.by_key(k), self.by_key(v)
 

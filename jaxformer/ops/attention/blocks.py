@@ -122,6 +122,24 @@ def kinds(
     return numpy.broadcast_to(kind, shape)
 
 
+def listed(kind: Any) -> tuple[Any, Any]:
+    """Lists for each row of blocks those to compute, whole ones first.
+
+    Args:
+        kind: SKIP, WHOLE or MASKED, of shape ... (rows) (columns), as `kinds` gives.
+
+    Returns:
+        int32 arrays, NumPy if `kind` is: the columns in order, skipped ones last (in NumPy cut to
+        the longest list, of one at least); how many are whole and how many masked, ... (rows) 2.
+    """
+    numpy = np if isinstance(kind, np.ndarray) else jnp
+    order = numpy.argsort(numpy.where(kind == SKIP, MASKED + 1, kind), axis=-1, stable=True)
+    counts = numpy.stack([(kind == value).sum(-1) for value in (WHOLE, MASKED)], axis=-1)
+    if numpy is np:
+        order = order[..., : max(counts.sum(-1).max(), 1)]
+    return order.astype(np.int32), counts.astype(np.int32)
+
+
 def _reduced(reduce: Callable[..., Array], x: Array, *block: int) -> Array:
     """Reduces the axes T and S of B N T S by blocks; those of size 1 stay."""
     for axis, size in zip((2, 3), block):

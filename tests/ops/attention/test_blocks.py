@@ -100,3 +100,16 @@ def test_axes_of_leaves_are_in_the_order_of_the_tree():
     mask = attention.causal(jnp.array(1)) & attention.segments(jnp.zeros((1, 3), int))
     assert masks.leaf_axes(mask) == ["B", "BT", "BS"]
     assert len(jax.tree.leaves(mask)) == 3
+
+
+def test_only_blocks_that_the_mask_leaves_are_walked_and_whole_ones_come_first():
+    kind = blocks.kinds(attention.window(40), 200, 200, 32, 16)
+    order, count = blocks.listed(kind)
+    assert count.sum() == len(blocks.pairs(attention.window(40), 200, 200, 32, 16).query)
+    assert order.shape[-1] == count.sum(-1).max() < kind.shape[-1]
+    for row, (whole, masked) in enumerate(count[0, 0]):
+        found = kind[0, 0, row, order[0, 0, row, : whole + masked]]
+        np.testing.assert_array_equal(found, [blocks.WHOLE] * whole + [blocks.MASKED] * masked)
+    traced = jax.jit(blocks.listed)(kind)
+    np.testing.assert_array_equal(traced[0][..., : order.shape[-1]], order)
+    np.testing.assert_array_equal(traced[1], count)

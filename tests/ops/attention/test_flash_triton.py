@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxformer import testing
 from jaxformer.ops import attention
-from jaxformer.ops.attention import _flash_triton, blocks, dense
+from jaxformer.ops.attention import _flash_triton, dense
 
 SLACK = 16  # roundings that may add up, in units of the last place
 SIZES = _flash_triton.BlockSizes(outer=32, inner=16)
@@ -127,19 +127,6 @@ def test_errors_are_those_of_the_unfused_form_in_the_same_dtype():
     for name, one, other, true in zip(NAMES, found, unfused, exact):
         error, usual = (np.linalg.norm(np.float64(y) - np.float64(true)) for y in (one, other))
         assert name == "lse" or 0 < error <= 1.25 * usual, name
-
-
-def test_only_blocks_that_the_mask_leaves_are_walked_and_whole_ones_come_first():
-    kind = blocks.kinds(attention.window(40), 200, 200, 32, 16)
-    order, count = _flash_triton._listed(kind)
-    assert count.sum() == len(blocks.pairs(attention.window(40), 200, 200, 32, 16).query)
-    assert order.shape[-1] == count.sum(-1).max() < kind.shape[-1]
-    for row, (whole, masked) in enumerate(count[0, 0]):
-        found = kind[0, 0, row, order[0, 0, row, : whole + masked]]
-        np.testing.assert_array_equal(found, [blocks.WHOLE] * whole + [blocks.MASKED] * masked)
-    traced = jax.jit(_flash_triton._listed)(kind)
-    np.testing.assert_array_equal(traced[0][..., : order.shape[-1]], order)
-    np.testing.assert_array_equal(traced[1], count)
 
 
 @pytest.mark.parametrize(
