@@ -9,18 +9,15 @@ parts that are computed as rows of the batch and joined by their logarithmic sum
 Dao, Haziza, Massa and Sizov 2023, https://pytorch.org/blog/flash-decoding/).
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxformer.ops.attention import dense, flash, masks
-from jaxformer.ops.attention._xla_tiles import varying
 from jaxformer.typing import Array, Float, Int
 
-BLOCK = 512  # keys that plain XLA looks at, or skips, at once
+BLOCK = 512  # keys of a part at least
 
 _ROWS = 128  # of the batch, times key heads, times splits: about the multiprocessors of a GPU
 
@@ -108,47 +105,6 @@ def _rows(
     q: Array, k: Array, v: Array, offset: Array, bias: Array | None, options: _Options
 ) -> tuple[Array, Array]:
     """Attends with query 0 of each row at `offset`, which may lie outside of these keys."""
-    num_keys = k.shape[1]
-    rest = {"bias": bias, "scale": options.scale, "softcap": options.softcap}
-    mask = masks.window(options.window, 0, offset)
-    chosen = flash.choose(q, k, v, mask, **rest, implementation=options.implementation)
-    if chosen.implementation != "xla" or num_keys <= BLOCK:
-        return _part(q, k, v, offset, bias, options)
-
-    # The loops of `_flash_xla` begin by reordering all keys; so they are given few at a time, in
-    # place, and none where nobody looks.
-    q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
-    part = functools.partial(_part, bias=bias, options=options)
-    out, lse = jax.eval_shape(part, q, k, v, offset)
-    none = jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
-    axes = frozenset().union(*map(varying, jax.tree.leaves((q, k, v, offset, bias))))
-    if axes:
-        none = jax.tree.map(lambda x: lax.pcast(x, tuple(axes), to="varying"), none)
-
-    def look(carry: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
-        def seen() -> tuple[Array, Array]:
-            keys, values = (lax.dynamic_slice_in_dim(x, start, size, 1) for x in (k, v))
-            part = bias
-            if bias is not None and bias.shape[3] > 1:
-                part = lax.dynamic_slice_in_dim(bias, start, size, 3)
-            return flash.merge(carry, _part(q, keys, values, offset - start, part, options))
-
-        some = offset + q.shape[1] > start
-        if options.window is not None:
-            some = some & (offset - options.window < start + size)
-        return lax.cond(some.any(), seen, lambda: carry)
-
-    whole = num_keys // BLOCK
-    starts = BLOCK * jnp.arange(whole)
-    carry, _ = lax.scan(lambda carry, start: (look(carry, start, BLOCK), None), none, starts)
-    if num_keys % BLOCK:
-        carry = look(carry, whole * BLOCK, num_keys % BLOCK)
-    return carry
-
-
-def _part(
-    q: Array, k: Array, v: Array, offset: Array, bias: Array | None, options: _Options
-) -> tuple[Array, Array]:
     return flash.attend(
         q,
         k,

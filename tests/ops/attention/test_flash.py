@@ -205,8 +205,8 @@ def test_work_on_blocks_that_a_mask_empties_is_saved():
         return max(scans)
 
     assert steps(attention.window(512)) == 8 + 7
-    assert steps(attention.causal()) == 36
-    assert steps(None) == 64
+    assert steps(attention.causal()) == 10  # bigger blocks
+    assert steps(None) == 16
 
 
 def test_logits_of_any_size_stay_finite():
