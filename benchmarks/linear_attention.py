@@ -1,6 +1,6 @@
 """Linear attention on CPU: against the quadratic form, decoding at any length, and as softmax.
 
-    python -m benchmarks.linear_attention                    under two minutes on two cores
+    python -m benchmarks.linear_attention                    about three minutes on two cores
     python -m benchmarks.linear_attention --kernel-error     how near features come to softmax
 
 The forms must agree before anything is timed, and are timed in turn in one process.
@@ -67,7 +67,7 @@ def against_quadratic(cfg: Config) -> None:
             form: functools.partial(lambda f: jax.block_until_ready(f(*qkv)), f)
             for form, f in forms.items()
         }
-        seconds = record.interleaved(work, rounds=cfg.rounds)
+        seconds = record.interleaved(work, rounds=cfg.rounds, settle=True)
         for form, each in seconds.items():
             memory: Any = forms[form].lower(*qkv).compile().memory_analysis()
             faster = float(np.median(np.array(seconds["parallel"]) / np.array(each)))

@@ -21,7 +21,7 @@ def perturbed(params: PyTree) -> PyTree:
 
 
 def interleaved(
-    work: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1
+    work: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1, settle: bool = False
 ) -> dict[str, list[float]]:
     """Times functions in turn, A B A B ..., so that a machine's drift meets all of them alike.
 
@@ -30,6 +30,8 @@ def interleaved(
             before its work is done.
         rounds: How often each is timed.
         repeats: Calls in one timing.
+        settle: Call each once more, untimed, before every timing; where one of them uses gigabytes,
+            giving those back would else fall into the time of the next.
 
     Returns:
         Seconds a call, one figure a round.
@@ -39,6 +41,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, function in work.items():
+            if settle:
+                function()
             began = time.perf_counter()
             for _ in range(repeats):
                 function()

@@ -313,6 +313,17 @@ def varying(x: Array) -> frozenset[str]:
     return frozenset(jax.typeof(x).mat.varying)
 
 
+def spread(tree: Any) -> Any:
+    """Lets all arrays vary over the axes of `shard_map` over which one of them does."""
+    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+
+    def one(x: Array) -> Array:
+        missing = tuple(axes - varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree) if axes else tree
+
+
 def finite(level: Array) -> Array:
     """The level to subtract from logits: 0 where it is -inf, since -inf - -inf is no number."""
     return jnp.where(level == -jnp.inf, 0, level)

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxformer.ops.attention import _linear_gpu, _linear_tpu, masks
+from jaxformer.ops.attention import _linear_chunked, _linear_gpu, _linear_tpu, masks
+from jaxformer.ops.attention._xla_tiles import spread
 from jaxformer.ops.attention.dense import check_arguments
 from jaxformer.typing import Array, DTypeLike, Float, Int, Key
 
@@ -330,6 +331,8 @@ def _by_kernel(kernel, arguments: tuple, feature_map, chunk: int | None) -> tupl
 def _plainly(
     form: str, arguments: tuple, feature_map, causal: bool, chunk: int | None
 ) -> tuple[Array, State]:
+    if form == "chunked" and causal:
+        return _by_chunks(arguments, feature_map, _CHUNK if chunk is None else chunk)
     q, k, v, key_lengths, state = arguments
     maps = _pair(feature_map)
     queries, keys = _features(maps.queries, q), _features(maps.keys, k)
@@ -337,11 +340,7 @@ def _plainly(
     if key_lengths is not None:
         real = jnp.arange(k.shape[1])[None] < key_lengths[:, None]
         keys = jnp.where(real[:, :, None, None], keys, 0)
-    if state is None:
-        sizes = v.shape[0], v.shape[2], keys.shape[3], v.shape[3]
-        state = State.empty(*sizes, queries.dtype)
-    _check_state(state, keys, v)
-    state = State(*(x.astype(values.dtype) for x in state))
+    state = _begun(state, keys, v, queries.dtype)
     if form == "recurrent":
         q_first, k_first, v_first = (x.swapaxes(0, 1) for x in (queries, keys, values))
         state, y = jax.lax.scan(_advance, state, (q_first, k_first, v_first))
@@ -352,13 +351,46 @@ def _plainly(
     sums = jnp.concatenate([state.matrix, state.total[..., None]], -1)
     if form == "parallel":
         mixed, sums = _parallel(queries, keys, values, sums, causal)
-    elif causal:
-        mixed, sums = _chunked(queries, keys, values, sums, _CHUNK if chunk is None else chunk)
     else:
         sums = sums + jnp.einsum("BSKF,BSKH->BKFH", keys, values)
         mixed = _read(queries, sums)
     y = _quotient(mixed[..., :-1], mixed[..., -1:])
     return y.astype(q.dtype), State(sums[..., :-1], sums[..., -1])
+
+
+def _by_chunks(arguments: tuple, feature_map, chunk: int) -> tuple[Array, State]:
+    """Pads to whole chunks; maps the features here, unless the loop over chunks can."""
+    q, k, v, key_lengths, state = arguments
+    dtype, length = q.dtype, q.shape[1]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if feature_map not in _ELEMENTWISE:
+        maps = _pair(feature_map)
+        q, k, feature_map = _features(maps.queries, q), _features(maps.keys, k), _as_is
+    state = _begun(state, k, v, wide)
+    chunk = max(1, min(chunk, length))
+    missing = -length % chunk
+    if missing:
+        q, k, v = (jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) for x in (q, k, v))
+        if key_lengths is None:
+            key_lengths = jnp.full(q.shape[:1], length)
+    options = _linear_chunked.Options(feature_map, chunk, _quotient)
+    sums = jnp.concatenate([state.matrix, state.total[..., None]], -1)
+    q, k, v, key_lengths, sums = spread((q, k, v, key_lengths, sums))
+    found: Any = _linear_chunked.attend(options, q, k, v, key_lengths, sums)
+    y, sums = found
+    return y[:, :length].astype(dtype), State(sums[..., :-1], sums[..., -1])
+
+
+def _begun(state: State | None, keys: Array, v: Array, dtype) -> State:
+    """The state given, or an empty one."""
+    if state is None:
+        state = State.empty(v.shape[0], v.shape[2], keys.shape[3], v.shape[3], dtype)
+    _check_state(state, keys, v)
+    return State(*(x.astype(dtype) for x in state))
+
+
+def _as_is(x: Array) -> Array:
+    return x
 
 
 def _parallel(queries, keys, values, sums, causal: bool) -> tuple[Array, Array]:
@@ -368,73 +400,6 @@ def _parallel(queries, keys, values, sums, causal: bool) -> tuple[Array, Array]:
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values)
     mixed = mixed.reshape(*queries.shape[:3], -1) + _read(queries, sums)
     return mixed, sums + jnp.einsum("BSKF,BSKH->BKFH", keys, values)
-
-
-def _chunked(queries, keys, values, sums, chunk: int) -> tuple[Array, Array]:
-    batch, length, num_heads, _ = queries.shape
-    kv_heads = keys.shape[2]
-    chunk = max(1, min(chunk, length))
-    count = -(-length // chunk)
-
-    def cut(x: Array) -> Array:
-        """Chunks first, and in each the rows of all G heads together: C B K G·c F."""
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length), (0, 0), (0, 0)])
-        x = x.reshape(batch, count, chunk, kv_heads, -1, x.shape[3]).transpose(1, 0, 3, 4, 2, 5)
-        return x.reshape(*x.shape[:3], -1, x.shape[5])
-
-    mixed, sums = _over_chunks(cut(queries), cut(keys), cut(values), sums)
-    mixed = mixed.reshape(count, batch, kv_heads, -1, chunk, values.shape[3])
-    mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * chunk, num_heads, -1)
-    return mixed[:, :length], sums
-
-
-@jax.custom_vjp
-def _over_chunks(queries: Array, keys: Array, values: Array, sums: Array) -> tuple[Array, Array]:
-    """Sums `tril(Q Kᵀ) V` in a chunk, adds `Q S` of the chunks before, and returns the last S."""
-    return _forward(queries, keys, values, sums)[0]
-
-
-def _forward(queries: Array, keys: Array, values: Array, sums: Array):
-    past = _past(queries, keys)
-
-    def one(sums: Array, chunk: tuple[Array, Array, Array]):
-        q, k, v = chunk
-        weights = jnp.where(past, jnp.einsum("BKRF,BKSF->BKRS", q, k), 0)
-        inside = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
-        mixed = inside + jnp.einsum("BKRF,BKFH->BKRH", q, sums)
-        return sums + jnp.einsum("BKSF,BKSH->BKFH", k, v), (mixed, sums)
-
-    last, (mixed, starts) = jax.lax.scan(one, sums, (queries, keys, values))
-    return (mixed, last), (queries, keys, values, starts)
-
-
-def _backward(saved, gradients):
-    """Goes from the last chunk to the first; `after` is the gradient of the sums after a chunk."""
-    past = _past(*saved[:2])
-
-    def one(after: Array, chunk: tuple[Array, ...]):
-        q, k, v, sums, change = chunk
-        weights = jnp.where(past, jnp.einsum("BKRF,BKSF->BKRS", q, k), 0)
-        for_weights = jnp.where(past, jnp.einsum("BKRH,BKSH->BKRS", change, v), 0)
-        for_q = jnp.einsum("BKRS,BKSF->BKRF", for_weights, k)
-        for_q += jnp.einsum("BKRH,BKFH->BKRF", change, sums)
-        for_k = jnp.einsum("BKRS,BKRF->BKSF", for_weights, q)
-        for_k += jnp.einsum("BKSH,BKFH->BKSF", v, after)
-        for_v = jnp.einsum("BKRS,BKRH->BKSH", weights, change)
-        for_v += jnp.einsum("BKSF,BKFH->BKSH", k, after)
-        return after + jnp.einsum("BKRF,BKRH->BKFH", q, change), (for_q, for_k, for_v)
-
-    first, found = jax.lax.scan(one, gradients[1], (*saved, gradients[0]), reverse=True)
-    return (*found, first)
-
-
-_over_chunks.defvjp(_forward, _backward)
-
-
-def _past(queries: Array, keys: Array) -> Array:
-    """Which key of a chunk comes no later than which row of queries."""
-    rows, size = queries.shape[-2], keys.shape[-2]
-    return (jnp.arange(rows) % size)[:, None] >= jnp.arange(size)[None]
 
 
 def _advance(state: State, token: tuple[Array, Array, Array]) -> tuple[State, Array]:
@@ -465,7 +430,10 @@ def _quotient(mixed: Array, weight: Array) -> Array:
 def _quotient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
     """That of `/`, without the square of a small weight that overflows there."""
     y = _quotient(*primals)
-    return y, _quotient(tangents[0] - y * tangents[1], primals[1])
+    # Transposed, this is a product; the sum that `y * tangents[1]` becomes takes XLA ten times as
+    # long.
+    change = jnp.einsum("...h,...->...h", y, tangents[1][..., 0], precision="highest")
+    return y, _quotient(tangents[0] - change, primals[1])
 
 
 def _grouped(queries: Array, kv_heads: int) -> Array:

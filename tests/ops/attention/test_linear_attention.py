@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
 from jaxformer import testing
@@ -459,3 +460,15 @@ def test_arguments_that_cannot_be_are_named_in_the_error(untyped):
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_devices_hold_sequences_of_their_own():
+    mesh = jax.make_mesh((B,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])
+    spec = PartitionSpec("data")
+
+    def gradients(*qkv):
+        return jax.grad(lambda *x: jnp.square(linear.attend(*x, chunk=4)).sum(), (0, 1, 2))(*qkv)
+
+    spread = jax.shard_map(gradients, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
+    for found, expected in zip(jax.jit(spread)(*inputs()), gradients(*inputs())):
+        np.testing.assert_allclose(found, expected, atol=64 * EPS * float(jnp.abs(expected).max()))
