@@ -115,7 +115,7 @@ def main(cfg: Config) -> None:
     flops = 2 * cfg.batch * cfg.heads * cfg.length**2 * cfg.head_dim
     for kind, place, products in (("forward", 0, 1.0), ("forward_backward", 1, 3.5)):
         runs = {name: functools.partial(_finished, fs[place]) for name, fs in work.items()}
-        seconds = record.interleaved(runs, rounds=cfg.rounds)
+        seconds = record.interleaved(runs, rounds=cfg.rounds, settle=True)
         mine = np.median(seconds["jaxformer"])
         for name, times in seconds.items():
             rate = {"tflops": round(products * flops / np.median(times) / 1e12, 3)}
