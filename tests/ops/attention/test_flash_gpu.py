@@ -13,7 +13,7 @@ from jaxformer.ops.attention import _flash_gpu, dense
 
 LOWERS = jax.__version_info__ >= (0, 11)
 needs_mosaic = pytest.mark.skipif(not LOWERS, reason="Mosaic GPU needs jax 0.11 or newer")
-TILE = _flash_gpu.Tile(columns=32)
+TILE = _flash_gpu.Tile(columns=32, parts=2)
 QUICK = ("causal_offset_by_row", "grouped", "segments_cross", "everything_at_once")
 CASES = [
     pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)

@@ -90,6 +90,14 @@ def test_values_and_gradients_are_those_of_dense_attention(name):
     assert_close(*computed(CASES[name], kernels, meaning), CASES[name].dtype)
 
 
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 200))]
+)
+def test_a_drawn_case_is_dense_attention(seed):
+    case = testing.draw_attention_case(seed)
+    assert_close(*computed(case, kernels, meaning), case.dtype)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_a_traced_scale_may_have_any_sign(scale):
     case = dataclasses.replace(CASES["window"], num_kv_heads=1)
