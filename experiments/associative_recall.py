@@ -59,7 +59,7 @@ class Config:
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     vocab: int = 128
     width: int = 64
-    num_heads: int = 2
+    num_heads: int = 4
     num_features: int = 128
     steps: int = 300
     batch: int = 64

@@ -34,6 +34,6 @@ def test_a_run_reports_every_model_and_draws_the_picture(tmp_path, capsys):
     for row in report["models"].values():
         assert list(row["accuracy"]) == ["2", "3"]
         assert all(0 <= share <= 1 for share in row["accuracy"].values())
-    assert report["models"]["elu + 1"]["state"] == 2 * 4 * 5  # heads, features, values and a sum
+    assert report["models"]["elu + 1"]["state"] == 4 * 2 * 3  # heads, features, values and a sum
     assert (tmp_path / "recall.png").stat().st_size > 1000
     assert "Taylor" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxformer.ops.attention import _linear_chunked, _linear_gpu, _linear_tpu, masks
 from jaxformer.ops.attention._xla_tiles import spread
@@ -79,20 +80,25 @@ def taylor(x: Float[Array, "*B H"]) -> Float[Array, "*B F"]:
     """Maps x to features whose dot products are `1 + z + z²/2` with `z = q·k / √H`.
 
     That is softmax's exponential to second order: close to it for |z| below 1, never below 1/2, and
-    far too flat for large z. There are F = 1 + H + H·(⌊H/2⌋ + 1) features: meant for few channels.
+    far too flat for large z. There are F = (H + 1)(H + 2) / 2 features: meant for few channels.
 
     References:
         Arora et al. 2024, "Simple linear attention language models balance the recall-throughput
-        tradeoff" (Based), section 4.1; they keep all H² products of pairs, we keep each pair once
-        (for even H, those half a turn apart twice). https://arxiv.org/abs/2402.18668
+        tradeoff" (Based), section 4.1; they keep all H² products of pairs, we keep each pair once.
+        https://arxiv.org/abs/2402.18668
     """
     channels = x.shape[-1]
-    x = x * channels**-0.25
-    features = [jnp.ones_like(x[..., :1]), x]
-    for turn in range(channels // 2 + 1):
-        twice = turn == 0 or 2 * turn == channels  # z² has these products once, the others twice
-        features.append((0.5**0.5 if twice else 1.0) * x * jnp.roll(x, turn, axis=-1))
-    return jnp.concatenate(features, axis=-1)
+    first, second = np.triu_indices(channels + 1)
+    squares = (first == second) & (first > 0)  # z² has these once, other pairs twice
+    # Factors are picked by products with zeros and ones: gathering them is far slower.
+    pick = np.eye(channels + 1)
+    left, right = pick[:, first] * np.where(squares, 0.5**0.5, 1.0), pick[:, second]
+    x = jnp.concatenate([jnp.ones_like(x[..., :1]), x * channels**-0.25], axis=-1)
+    one, other = (
+        jnp.einsum("...h,hf->...f", x, jnp.asarray(m, x.dtype), precision="highest")
+        for m in (left, right)
+    )
+    return one * other
 
 
 def positive_random_features(key: Key[Array, ""], head_dim: int, num_features: int) -> FeaturePair:
@@ -246,7 +252,7 @@ def step(
     check_arguments(*(x[:, None] for x in (q, k, v)))
     maps = _pair(feature_map)
     queries, keys = _features(maps.queries, q), _features(maps.keys, k)
-    _check_state(state, keys, v)
+    _check_state(state, keys.shape[-2:], v)
     state, y = _advance(state, (queries, keys, v.astype(queries.dtype)))
     return y.astype(q.dtype), state
 
@@ -296,6 +302,7 @@ def as_attend(
 
 _KERNELS = {"tpu": _linear_tpu.attend, "gpu": _linear_gpu.attend}
 _ELEMENTWISE = (elu_plus_one, relu)  # what the kernels compute themselves, to save a pass
+_WITHOUT_ARRAYS = (*_ELEMENTWISE, taylor)  # what the loop over chunks computes itself
 
 
 def _choose(implementation: str | None, causal: bool, chunk: int | None) -> str:
@@ -322,7 +329,7 @@ def _by_kernel(kernel, arguments: tuple, feature_map, chunk: int | None) -> tupl
         feature_map = None
     if state is None:
         state = State.empty(v.shape[0], k.shape[2], k.shape[3], v.shape[3])
-    _check_state(state, k, v)
+    _check_state(state, k.shape[-2:], v)
     lengths = jnp.full(q.shape[:1], k.shape[1]) if key_lengths is None else key_lengths
     y, *parts = kernel(q, k, v, lengths, *state, feature_map=feature_map, chunk=chunk)
     return y.astype(dtype), State(*parts)
@@ -340,7 +347,7 @@ def _plainly(
     if key_lengths is not None:
         real = jnp.arange(k.shape[1])[None] < key_lengths[:, None]
         keys = jnp.where(real[:, :, None, None], keys, 0)
-    state = _begun(state, keys, v, queries.dtype)
+    state = _begun(state, keys.shape[2:], v, queries.dtype)
     if form == "recurrent":
         q_first, k_first, v_first = (x.swapaxes(0, 1) for x in (queries, keys, values))
         state, y = jax.lax.scan(_advance, state, (q_first, k_first, v_first))
@@ -363,10 +370,11 @@ def _by_chunks(arguments: tuple, feature_map, chunk: int) -> tuple[Array, State]
     q, k, v, key_lengths, state = arguments
     dtype, length = q.dtype, q.shape[1]
     wide = jnp.promote_types(dtype, jnp.float32)
-    if feature_map not in _ELEMENTWISE:
+    if feature_map not in _WITHOUT_ARRAYS:
         maps = _pair(feature_map)
         q, k, feature_map = _features(maps.queries, q), _features(maps.keys, k), _as_is
-    state = _begun(state, k, v, wide)
+    features = jax.eval_shape(feature_map, jax.ShapeDtypeStruct(k.shape[2:], wide))
+    state = _begun(state, features.shape, v, wide)
     chunk = max(1, min(chunk, length))
     missing = -length % chunk
     if missing:
@@ -381,11 +389,12 @@ def _by_chunks(arguments: tuple, feature_map, chunk: int) -> tuple[Array, State]
     return y[:, :length].astype(dtype), State(sums[..., :-1], sums[..., -1])
 
 
-def _begun(state: State | None, keys: Array, v: Array, dtype) -> State:
-    """The state given, or an empty one."""
+def _begun(state: State | None, features: tuple[int, ...], v: Array, dtype) -> State:
+    """The state given, or an empty one, for features of shape K F."""
     if state is None:
-        state = State.empty(v.shape[0], v.shape[2], keys.shape[3], v.shape[3], dtype)
-    _check_state(state, keys, v)
+        kv_heads, num_features = features
+        state = State.empty(v.shape[0], kv_heads, num_features, v.shape[3], dtype)
+    _check_state(state, features, v)
     return State(*(x.astype(dtype) for x in state))
 
 
@@ -455,8 +464,8 @@ def _features(of: Features, x: Array) -> Array:
     return y
 
 
-def _check_state(state: State, keys: Array, v: Array) -> None:
-    expected = (v.shape[0], *keys.shape[-2:], v.shape[-1])
+def _check_state(state: State, features: tuple[int, ...], v: Array) -> None:
+    expected = (v.shape[0], *features, v.shape[-1])
     for name, x, shape in (
         ("matrix", state.matrix, expected),
         ("total", state.total, expected[:3]),
