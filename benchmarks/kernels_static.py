@@ -1,26 +1,31 @@
 """What the compilers say of the kernels of attention: static figures, with no TPU and no GPU.
 
-python -m benchmarks.kernels_static              five minutes on two CPU cores
+python -m benchmarks.kernels_static              ten minutes on two CPU cores
 
 A TPU's cycles are bundles of its static schedule, which know nothing of memory. A GPU's figures are
 registers and instructions. TPUs need libtpu, GPUs jax 0.11 with its CUDA plugin and nvdisasm; where
 one is missing, its figures are, and a line on standard error says so.
 """
 
+import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from benchmarks import record
 from jaxformer.analysis import preflight
 from jaxformer.analysis._gpu_sass import Program
 from jaxformer.analysis._tpu_schedule import Region, Schedule
+from jaxformer.ops.attention import _flash_tpu, _linear_tpu
 
-LENGTH, HEADS, BLOCK = 4096, 8, 1024
+LENGTH, HEADS, CHANNELS, BLOCK = 4096, 8, 128, 1024
+KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 IDEAL = {"v5e": {"forward": 4096, "backward": 10_240}, "v6e": {"forward": 1024, "backward": 2560}}
 
 
@@ -29,10 +34,12 @@ class Config:
     """What to compile for.
 
     Attributes:
-        targets: Of `jaxformer preflight kernels`.
+        targets: "v5e", "v6e" and those GPUs that `jaxformer preflight kernels` knows.
+        untuned: Head sizes that the table of blocks of TPUs lacks.
     """
 
     targets: tuple[str, ...] = ("v5e", "v6e", "sm_90a")
+    untuned: tuple[int, ...] = (192,)
 
 
 def flash_on_tpu(kernel: str, target: str, schedule: Schedule) -> Iterator[tuple[str, dict]]:
@@ -82,13 +89,55 @@ def causal(schedule: Schedule) -> int:
     return HEADS * once
 
 
-def linear_on_tpu(kernel: str, schedules: list[Schedule]) -> Iterator[tuple[str, dict]]:
-    """Cycles of the loop over blocks of tokens; those of a block depend on how many it holds."""
+def as_if_on(target: str) -> Any:
+    """A context in which kernels choose their sizes as for this chip."""
+    device = jax.sharding.AbstractDevice(KINDS[target], 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def untuned_on_tpu(head: int, target: str) -> Iterator[tuple[str, dict]]:
+    """Cycles of a causal call with the nearest blocks of the table, against the best tried."""
+    from scripts import make_tpu_blocks
+
+    x = jax.ShapeDtypeStruct((1, 2048, 2, head), jnp.bfloat16)
+    for (function, size), tried in make_tpu_blocks.CUTS.items():
+        if size != x.dtype.itemsize:
+            continue
+        with as_if_on(target):
+            default = _flash_tpu._sizes(function, x, x, x.dtype)
+        cuts = dict.fromkeys([default, *(_flash_tpu.Cut(*cut) for cut in tried)])
+        make = functools.partial(make_tpu_blocks.call, function)
+        kernels = [
+            preflight.Kernel(
+                function, (target,), functools.partial(make, cut, *x.shape, dtype="bfloat16")
+            )
+            for cut in cuts
+        ]
+        results = preflight.check([(kernel, target) for kernel in kernels])
+        costs = {
+            cut: make_tpu_blocks.cycles(result.programs[0], cut.query)
+            for cut, result in zip(cuts, results)
+            if result.error is None
+        }
+        best = min(costs, key=costs.__getitem__)
+        ratio = {"static_ratio": round(costs[default] / costs[best], 3)}
+        yield f"{function}_head_{head}_default_to_tuned", ratio | {"tuned": tuple(best)}
+
+
+def linear_on_tpu(kernel: str, target: str, schedules: list[Schedule]) -> Iterator[tuple]:
+    """Cycles of a token and head: those of the loop over blocks of tokens, divided by its work."""
+    function = kernel.split(".")[1]
+    with as_if_on(target):
+        plan = _linear_tpu._plan(CHANNELS, CHANNELS, HEADS, HEADS, None, jnp.bfloat16)
+    chunks = plan.chunks if function == "forward" else plan.backward_chunks
+    work = plan.chunk * chunks * plan.heads
     for schedule in schedules:
         loops: list[Region] = [x for x in schedule.regions if x.kind == "loop" and x.products]
         cycles = loops[0].cycles if loops else schedule.cycles
-        name = f"{kernel.split('.')[1]}_{schedule.name.partition('.')[0]}"
-        yield name, {"static_cycles_of_a_step": cycles, "vmem_bytes": schedule.vmem}
+        figures = {"static_cycles_per_token_and_head": round(cycles / work, 3)}
+        name = f"{function}_{schedule.name.partition('.')[0]}"
+        yield name, figures | {"step": [cycles, work], "vmem_bytes": schedule.vmem}
 
 
 def on_gpu(program: Program) -> dict[str, Any]:
@@ -111,22 +160,32 @@ def main(cfg: Config) -> None:
         for kernel in preflight.KERNELS
         if target in kernel.targets and not kernel.name.endswith(("float32", ".float16"))
     ]
-    for result in preflight.check(pairs):
-        module = result.kernel.partition(".")[0]
-        name = f"kernels_static/{module}/{result.target}"
-        programs: list[Any] = list(result.programs)
-        if result.error is not None:
-            record.report(f"{name}/{result.kernel}", {"error": result.error})
-            continue
-        if module == "flash_tpu":
-            figures = [y for x in programs for y in flash_on_tpu(result.kernel, result.target, x)]
-        elif module == "linear_tpu":
-            figures = list(linear_on_tpu(result.kernel, programs))
-        else:
-            rest = result.kernel.partition(".")[2]
-            figures = [(f"{rest}/{program.name}", on_gpu(program)) for program in programs]
-        for figure, values in figures:
-            record.report(f"{name}/{figure}", values)
+    with contextlib.closing(preflight.check(pairs)) as results:
+        for result in results:
+            report(result)
+    for target in filter(KINDS.__contains__, present):
+        for head in cfg.untuned:
+            for figure, values in untuned_on_tpu(head, target):
+                record.report(f"kernels_static/flash_tpu/{target}/{figure}", values)
+
+
+def report(result: preflight.Result) -> None:
+    """Prints the figures of a kernel."""
+    module = result.kernel.partition(".")[0]
+    name = f"kernels_static/{module}/{result.target}"
+    programs: list[Any] = list(result.programs)
+    if result.error is not None:
+        record.report(f"{name}/{result.kernel}", {"error": result.error})
+        return
+    if module == "flash_tpu":
+        figures = [y for x in programs for y in flash_on_tpu(result.kernel, result.target, x)]
+    elif module == "linear_tpu":
+        figures = list(linear_on_tpu(result.kernel, result.target, programs))
+    else:
+        rest = result.kernel.partition(".")[2]
+        figures = [(f"{rest}/{program.name}", on_gpu(program)) for program in programs]
+    for figure, values in figures:
+        record.report(f"{name}/{figure}", values)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from jaxformer.ops import attention
-from jaxformer.ops.attention import flash, linear, sparse
+from jaxformer.ops.attention import flash, linear
 from jaxformer.training import run
 from jaxformer.typing import Array
 
@@ -65,7 +65,7 @@ def contenders() -> dict[str, Callable[[Array, Array, Array], Array]]:
 
     def fixed(q: Array, k: Array, v: Array) -> Any:
         pattern = attention.local_global(math.isqrt(q.shape[1]))
-        return sparse.attend(q, k, v, pattern & causal)
+        return flash.attend(q, k, v, pattern & causal)
 
     return {
         "dense": functools.partial(attention.attend, mask=causal),

@@ -6,6 +6,7 @@ for TPUs, `_gpu_sass.Program` for GPUs.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -13,12 +14,13 @@ import importlib.util
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -78,10 +80,14 @@ def missing(target: str) -> str | None:
     return None
 
 
-def check(pairs: Sequence[tuple[Kernel, str]], *, workers: int | None = None) -> Iterator[Result]:
+def check(
+    pairs: Sequence[tuple[Kernel, str]], *, workers: int | None = None
+) -> Generator[Result, None, None]:
     """Compiles kernels for targets, and yields the results in the same order.
 
-    However it ends, its processes end with it and their folders are removed.
+    However it ends, its processes end with it and their folders are removed; to that end SIGTERM
+    and SIGHUP raise KeyboardInterrupt meanwhile, as Ctrl-C does, if this is the main thread. Close
+    the iterator if an exception may come between two results, as by `contextlib.closing`.
 
     Args:
         pairs: Each a kernel and a target.
@@ -89,6 +95,10 @@ def check(pairs: Sequence[tuple[Kernel, str]], *, workers: int | None = None) ->
     """
     processes: list[subprocess.Popen] = []
     stopped = threading.Event()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            handlers[number] = signal.signal(number, signal.default_int_handler)
     pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count())
     try:
         yield from pool.map(lambda pair: _checked(pair[0], pair[1], processes, stopped), pairs)
@@ -96,8 +106,17 @@ def check(pairs: Sequence[tuple[Kernel, str]], *, workers: int | None = None) ->
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.kill()
+            _kill(process)
         pool.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process that leads a group, and those that it started, such as an assembler."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _checked(
@@ -116,14 +135,15 @@ def _checked(
                 env=os.environ | module.environment(folder),
                 stdout=said,
                 stderr=said,
+                start_new_session=True,
             )
             processes.append(process)
             if stopped.is_set():
-                process.kill()
+                _kill(process)
             try:
                 process.wait(_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
+                _kill(process)
                 process.wait()
         seconds = time.monotonic() - began
         if (folder / "result").exists():

@@ -1,5 +1,6 @@
 """The command `jaxformer preflight`."""
 
+import contextlib
 import dataclasses
 import json as json_format
 import sys
@@ -65,11 +66,12 @@ def kernels(*, chip: Chips = (), kernel: Names = (), json: bool = False) -> int:
         return 2
     width = max(len(one.name) for one, _ in pairs)
     failed = False
-    for result in preflight.check(pairs):
-        failed |= result.error is not None
-        if json:
-            print(json_format.dumps(dataclasses.asdict(result)), flush=True)
-        else:
+    with contextlib.closing(preflight.check(pairs)) as results:
+        for result in results:
+            failed |= result.error is not None
+            if json:
+                print(json_format.dumps(dataclasses.asdict(result)), flush=True)
+                continue
             for line in rows(result):
                 print(f"{result.kernel:{width}}  {result.target:6}  {line}", flush=True)
     return int(failed)

@@ -1,6 +1,10 @@
 """Compilers' reports are read right, and kernels are compiled in processes that leave nothing."""
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import tempfile
 import textwrap
 import time
@@ -10,7 +14,7 @@ import pytest
 from jaxformer.analysis import _gpu_sass, _tpu_schedule, preflight
 
 STAND_INS = """
-import os, time
+import os, subprocess, time
 
 
 def product():
@@ -44,6 +48,19 @@ def crash():
 
 def slow():
     time.sleep(100)
+
+
+def family():
+    beats = os.environ["BEATS"]
+    subprocess.run(["sh", "-c", f"while true; do echo >> {beats}; sleep 0.1; done"])
+"""
+CHECK_OF_A_FAMILY = """
+import signal
+import stand_ins
+from jaxformer.analysis import preflight
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells turn off in background
+list(preflight.check([(preflight.Kernel("family", ("v5e",), stand_ins.family), "v5e")] * 2))
 """
 
 
@@ -118,6 +135,38 @@ def test_whoever_stops_early_leaves_no_process_and_no_folder(stand_in):
     next(results)
     results.close()
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_no_process_and_no_folder(number, stand_in, tmp_path):
+    beats = tmp_path / "beats"
+    places = {"BEATS": str(beats), "TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHECK_OF_A_FAMILY],
+        env=os.environ | places,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):
+            if beats.exists() and process.poll() is None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.wait(60)
+    finally:
+        process.kill()
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size
+
+
+def test_handlers_of_signals_are_put_back(stand_in):
+    before = signal.getsignal(signal.SIGTERM)
+    results = preflight.check([(stand_in("refused"), "v5e")])
+    next(results)
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    results.close()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_kernel_compiles_for_a_tpu_that_is_not_there(stand_in):

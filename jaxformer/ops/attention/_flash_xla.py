@@ -46,6 +46,8 @@ def forward(
 ) -> tuple[Array, Array]:
     """Attends; also gives the logarithm of the sum of exponentials of each row, B T N.
 
+    Both are float32 (float64 if `q` is): gradients from a rounded result would be less exact.
+
     Args:
         q: B T N H.
         k: B S K H.
@@ -81,7 +83,7 @@ def forward(
     if sinks is not None:
         top, total = total + sinks.astype(tiles.dtype)[None, None, :, None], total + 1
     top, total, mixed = tiles.walk(step, (top, total, tiles.zeros(*q.shape[:3], v.shape[3])))
-    out = (mixed / jnp.where(total == 0, 1, total)).astype(q.dtype)
+    out = mixed / jnp.where(total == 0, 1, total)
     return out, (finite(top) + jnp.log(total))[..., 0]
 
 
@@ -147,7 +149,7 @@ def tangent(
         share = jnp.exp(sinks.astype(dtype)[None, None] - finite(lse))
         d_lse = d_lse + share * tangents["sinks"].astype(dtype)[None, None]
     d_out = d_out - d_lse[..., None] * out.astype(dtype)
-    return d_out.astype(q.dtype), d_lse
+    return d_out.astype(out.dtype), d_lse
 
 
 def backward(

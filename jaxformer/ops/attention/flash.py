@@ -12,13 +12,12 @@ import dataclasses
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from jaxformer.ops.attention import _flash_rules, dense
-from jaxformer.ops.attention._xla_tiles import varying
+from jaxformer.ops.attention import _flash_rules, dense, sparse
+from jaxformer.ops.attention._xla_tiles import spread
 from jaxformer.ops.attention.dense import check_arguments
 from jaxformer.ops.attention.masks import Mask, check_joined
+from jaxformer.ops.attention.sparse import merge as merge
 from jaxformer.typing import Array, Float
 
 IMPLEMENTATIONS = ("tpu", "gpu", "triton", "xla", "dense")
@@ -37,14 +36,17 @@ class Choice:
     Attributes:
         implementation: One of `IMPLEMENTATIONS`.
         passed_over: Faster ones that were passed over, each with the reason.
+        split: Whether it computes the parts of a sparse pattern.
     """
 
     implementation: str
     passed_over: dict[str, str]
+    split: bool = False
 
     def __str__(self) -> str:
+        name = f"{self.implementation} in parts" if self.split else self.implementation
         reasons = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
-        return f"{self.implementation} ({reasons})" if reasons else self.implementation
+        return f"{name} ({reasons})" if reasons else name
 
 
 @overload
@@ -62,6 +64,7 @@ def attend(
     softcap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: str | None = None,
+    split: bool | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Means what `attention.attend` means, in memory linear in T and S, and faster.
@@ -80,36 +83,31 @@ def attend(
         softcap: Bound on the magnitude of logits before `bias`; none if None.
         sinks: A logit for each head of a key without a value.
         implementation: One of `IMPLEMENTATIONS`; the fastest that `choose` finds if None.
+        split: Whether to compute a pattern of `sparse` in parts. None does so where it counts as
+            less work, if no implementation is asked for.
         return_lse: Also return the logarithm of each row's sum of exponentials (of the sink too),
             -inf for a row that may look nowhere, so that results over several sets of keys can be
             joined by `merge`. It has a gradient.
 
     Raises:
         ValueError: If shapes disagree, or there is no such implementation.
-        NotImplementedError: If the implementation asked for cannot do this call; the text says why.
+        NotImplementedError: If the implementation asked for cannot do this call, or the mask cannot
+            be split as asked; the text says why.
 
     References:
         Dao et al. 2022, "FlashAttention". https://arxiv.org/abs/2205.14135
         Dao 2023, "FlashAttention-2": the gradient from the row's logarithm. https://arxiv.org/abs/2307.08691
     """
     check_arguments(q, k, v, bias=bias, softcap=softcap, sinks=sinks)
-    name = choose(
-        q,
-        k,
-        v,
-        mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        implementation=implementation,
-    ).implementation
-    if name == "dense" or 0 in (*q.shape, *k.shape, v.shape[3]):
-        options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+    options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+    choice = choose(q, k, v, mask, **options, implementation=implementation, split=split)
+    if choice.implementation == "dense" or 0 in (*q.shape, *k.shape, v.shape[3]):
         return dense.attend(q, k, v, mask, **options, return_lse=return_lse)
     operands, mask, fixed = _canonical(q, k, v, mask, bias, scale, sinks)
-    call = _flash_rules.Call(name, fixed, softcap)
+    kind = sparse.Call if choice.split else _flash_rules.Call
+    call = kind(choice.implementation, fixed, softcap)
     out, lse = _flash_rules.attend(call, operands, mask)
+    out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -124,6 +122,7 @@ def choose(
     softcap: float | None = None,
     sinks: Any = None,
     implementation: str | None = None,
+    split: bool | None = None,
 ) -> Choice:
     """Says which implementation `attend` takes for these arguments here, and why.
 
@@ -137,49 +136,32 @@ def choose(
         softcap: Bound of the logits.
         sinks: A logit for each head.
         implementation: What is asked for, or None.
+        split: Whether parts are asked for, or None.
 
     Raises:
         ValueError: If there is no such implementation.
-        NotImplementedError: If the one asked for cannot do this.
+        NotImplementedError: If the one asked for cannot do this, or there are no parts.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"there is no implementation {implementation!r}; there are {names}.")
+    reason = "dense has none" if implementation == "dense" else sparse.refuses(q, k, mask, bias)
+    if split is None:
+        possible = implementation is None and reason is None
+        split = possible and sparse.pays(mask, q.shape[1], platform())
+    elif split and reason is not None:
+        raise NotImplementedError(f"attend cannot compute parts: {reason}.")
+    calls = sparse.calls(q, k, v, mask) if split else [(q, k, v, mask)]
     options = {"bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
-    if implementation is not None:
-        reason = _refusal(implementation, q, k, v, mask, options)
-        if reason is not None:
-            raise NotImplementedError(f"attend: {implementation!r} cannot: {reason}.")
-        return Choice(implementation, {})
     passed_over: dict[str, str] = {}
-    for name in _BY_PLATFORM.get(platform(), ("xla",)):
-        reason = _refusal(name, q, k, v, mask, options)
+    names = _BY_PLATFORM.get(platform(), ("xla",)) if implementation is None else (implementation,)
+    for name in names:
+        reasons = [_refusal(name, *call, options) for call in calls]
+        reason = next(filter(None, reasons), None)
         if reason is None:
-            return Choice(name, passed_over)
+            return Choice(name, passed_over, split)
         passed_over[name] = reason
-    raise AssertionError("xla refuses nothing")
-
-
-def merge(*parts: tuple[Array, Array]) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Joins results over disjoint sets of keys, each with its `lse`, to that over all of them.
-
-    Args:
-        *parts: Pairs (out, lse) as `attend(..., return_lse=True)` returns them.
-
-    Returns:
-        Such a pair.
-    """
-    outs, lses = zip(*parts)
-    top = lses[0]
-    for lse in lses[1:]:
-        top = jnp.maximum(top, lse)
-    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    shares = [jnp.exp(lse - top) for lse in lses]
-    total = sum(shares[1:], shares[0])
-    divisor = jnp.where(total == 0, 1, total)
-    mixed = sum(share[..., None] * out.astype(share.dtype) for share, out in zip(shares, outs))
-    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))
-    return (mixed / divisor[..., None]).astype(outs[0].dtype), lse
+    raise NotImplementedError(f"attend: {implementation!r} cannot: {reason}.")
 
 
 def platform() -> str:
@@ -245,12 +227,5 @@ def _canonical(
         "scale": factor if isinstance(factor, jax.Array) else None,
         "sinks": sinks,
     }
-    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves((operands, mask))))
-    if axes:
-
-        def spread(x: Array) -> Array:
-            missing = tuple(axes - varying(x))
-            return lax.pcast(x, missing, to="varying") if missing else x
-
-        operands, mask = jax.tree.map(spread, (operands, mask))
+    operands, mask = spread((operands, mask))
     return operands, mask, fixed
