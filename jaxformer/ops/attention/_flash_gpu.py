@@ -38,11 +38,14 @@ class Tile(NamedTuple):
         columns: Keys that they meet in a step (or queries): a multiple of 64, since wgmma sums
             over whole swizzled rows (the interpreter takes fewer).
         stages: Steps whose data are on their way at the same time.
+        parts: In how many parts the kernel for keys and values multiplies the columns of a step:
+            more columns come at a time than fit in its registers.
     """
 
     rows: int = 64
     columns: int = 128
     stages: int = 2
+    parts: int = 1
 
 
 class Form(NamedTuple):
@@ -68,7 +71,8 @@ class Inputs(NamedTuple):
         scale: |scale| log₂e, shape 1; the sign is with the queries.
         positions: 0, 1, 2, ... of shape 1 1 1 L.
         leaves: Of the mask, #B #N (rows) (columns), axes without influence having size 1.
-        bias: Likewise.
+        bias: Likewise, times log₂e; in a backward without soft-cap over |scale|, as logits are
+            before scaling.
         sinks: N, times log₂e.
         d_out: B T N Hv.
         lse: B N T, times log₂e; inf where nobody is seen.
@@ -181,15 +185,18 @@ def backward(
             lse=jnp.pad(lse.swapaxes(1, 2), rows, constant_values=jnp.inf),
             delta=jnp.pad(delta.swapaxes(1, 2), rows),
         )
+        if bias is not None and softcap is None:
+            inputs = inputs._replace(bias=inputs.bias / inputs.scale[0])
         return f(form, inputs, **options)
 
     sizes = (inner, outer) = (_width(head_dim), _width(value_dim))
-    dq = derivatives(kernels.queries, tile or _backward_tile(*sizes, inner // 2), 0)
+    sums = inner // 2 if softcap is None else _REGISTERS - 64  # its slope takes as many as logits
+    dq = derivatives(kernels.queries, tile or _backward_tile(*sizes, sums), 0)
     targets = [("k", "v")] if inner + outer <= 256 else [("k",), ("v",)]
     found = []
     for names in targets:
         sums = sum({"k": inner, "v": outer}[name] // 2 for name in names)
-        limits = tile or _backward_tile(*sizes, sums, largest=64)
+        limits = tile or _backward_tile(*sizes, sums, widest=64)
         found += derivatives(kernels.keys_and_values, limits, 1, targets=names)
     dk, dv = found
     dq = _turned(dq[:, :length, :, :head_dim], scale)
@@ -271,12 +278,12 @@ def _forward_tile(head_dim: int, value_dim: int) -> Tile:
     return Tile(columns=64, stages=1)
 
 
-def _backward_tile(head_dim: int, value_dim: int, sums: int, largest: int = 128) -> Tile:
-    """The largest step whose logits and their slopes fit beside `sums` registers."""
+def _backward_tile(head_dim: int, value_dim: int, sums: int, widest: int = 128) -> Tile:
+    """The largest step of which `widest` columns fit beside `sums` registers, with their slopes."""
     for columns in (128, 64):
-        tile = Tile(columns=columns)
+        tile = Tile(columns=columns, parts=max(columns // widest, 1))
         size = 2 * (2 * tile.rows + tile.stages * columns) * (head_dim + value_dim)
-        if columns <= largest and sums + columns <= _REGISTERS and size <= _SHARED_MEMORY:
+        if sums + columns // tile.parts <= _REGISTERS and size <= _SHARED_MEMORY:
             return tile
     return Tile(columns=64, stages=1)
 

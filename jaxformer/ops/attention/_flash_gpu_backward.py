@@ -5,6 +5,7 @@ forward kernel, without turns: two groups that run freely fall out of step by th
 multiplies for most of the time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,9 +27,10 @@ from jaxformer.ops.attention._flash_gpu_forward import (
     load_as,
     matrix,
     multiply,
+    rectangle,
     row_of,
-    scaled,
     spread,
+    stretched,
     wait_if_used,
     zeros,
 )
@@ -45,8 +47,9 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
     """
     q, k, v = inputs.q, inputs.k, inputs.v
     (batch, _, num_heads, _), (_, length, num_kv_heads, _) = q.shape, k.shape
-    rows, columns, stages = form.tile
-    group = num_heads // num_kv_heads
+    rows, columns, stages, parts = form.tile
+    group, width = num_heads // num_kv_heads, columns // parts
+    shape = (rows, width)
 
     def body(refs: Inputs, outs: Any, shared: Any) -> None:
         b, kv, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
@@ -71,14 +74,16 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
                     span = pl.ds(refs.lists[*at, step] * columns, columns)
                     slot = lax.rem(before + step, stages)
                     wait_if_used(before + step, stages, shared["free"])
-                    for name, source in (
-                        ("q", refs.q.at[b, span, n]),
-                        ("lse", refs.lse.at[b, n, span]),
-                        ("d_out", refs.d_out.at[b, span, n]),
-                        ("delta", refs.delta.at[b, n, span]),
+                    # The generic proxy has read lse and delta: before TMA, the other, overwrites.
+                    plgpu.commit_smem()
+                    for source, target in (
+                        (refs.q.at[b, span, n], shared["q"].at[slot]),
+                        (refs.lse.at[b, n, span], shared["lse"].at[slot]),
+                        (refs.d_out.at[b, span, n], shared["d_out"].at[slot]),
+                        (refs.delta.at[b, n, span], shared["delta"].at[slot, 0]),
+                        (refs.delta.at[b, n, span], shared["delta"].at[slot, 1]),
                     ):
-                        ready = shared["ready"].at[slot]
-                        plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready)
+                        plgpu.copy_gmem_to_smem(source, target, shared["ready"].at[slot])
 
                 return before + steps
 
@@ -97,40 +102,48 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
             plgpu.barrier_wait(shared["mine_ready"].at[member])
 
             def visit(step: Any, sums: Any, n: Any, at: Any, before: Any, masked: bool) -> Any:
-                slot = lax.rem(before + step, stages)
-                start, seen, shape = None, None, (rows, columns)
-                if masked or refs.bias is not None:
-                    start = (first, refs.lists[*at, step] * columns)
-                if masked:
-                    seen = allowed(form, refs, shape, (b, n), start)
-                initial, seen = _hidden(form, seen)
-                plgpu.barrier_wait(shared["ready"].at[slot])
-                queries, d_out = shared["q"].at[slot], shared["d_out"].at[slot]
-                lse, delta = (
-                    lax.broadcast_in_dim(
-                        load_as(shared[name].at[slot], layout=plgpu.Layout.WGMMA.reduce(0)),
-                        shape,
-                        [1],
-                    )
-                    for name in ("lse", "delta")
-                )
-                products = [(initial, shared["k"].at[member], queries.transpose((1, 0)))]
-                if "k" in targets:
-                    products.append((delta, shared["v"].at[member], d_out.transpose((1, 0))))
-                logits, *slopes = multiply(*products)
-                # The generic proxy has read lse and delta: before TMA, the other, may overwrite.
-                plgpu.commit_smem()
-                owner = (b, n)
-                weights, factor = _weights(form, refs, logits, scale, lse, owner, start, seen)
-                factors = {"v": (weights, d_out)}
-                if "k" in targets:
-                    slope = weights * slopes[0]
-                    factors["k"] = (slope if factor is None else slope * factor, queries)
-                products = [(x, *factors[name]) for x, name in zip(sums, targets)]
-                products = [(x, a.astype(q.dtype), b) for x, a, b in products]
-                sums = multiply(*products)
+                slot = _slot(before + step, stages)
+                needed = masked or refs.bias is not None
+                column = refs.lists[*at, step] * columns if needed else 0
+                for part in range(parts):
+                    place = (shape, (b, n), (first, column + part * width))
+                    sums = visit_part(step, slot, part, place, masked, sums)
                 plgpu.barrier_arrive(shared["free"].at[slot])
-                return tuple(sums)
+                return sums
+
+            def visit_part(
+                step: Any, slot: Any, part: int, place: Any, masked: bool, sums: Any
+            ) -> Any:
+                own = {"k": _again(member, step, part), "v": _again(member, step)}
+                keys, values = (shared[x].at[i] for x, i in own.items())
+                here = pl.ds(part * width, width)
+                queries, d_out = (shared[x].at[slot, here] for x in ("q", "d_out"))
+
+                def products() -> tuple[Any, Any]:
+                    if part == 0:
+                        plgpu.barrier_wait(shared["ready"].at[slot])
+                    return keys, queries.transpose((1, 0))
+
+                def slopes() -> tuple[Any, Any, Any]:
+                    # Sums take registers of their own: loaded twice, delta need not be copied.
+                    deltas = (
+                        stretched(shared["delta"].at[slot, i, here], shape, 1) for i in (0, 1)
+                    )
+                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                    return jnp.where(row & 8 == 0, *deltas), values, d_out.transpose((1, 0))
+
+                weights, slope = _differentiated(
+                    form,
+                    refs,
+                    scale,
+                    place,
+                    masked,
+                    products,
+                    lambda: stretched(shared["lse"].at[slot, here], shape, 1),
+                    slopes if "k" in targets else None,
+                )
+                factors = {"k": (slope, queries), "v": (weights, d_out)}
+                return tuple(multiply(*((x, *factors[name]) for x, name in zip(sums, targets))))
 
             def visit_head(n: Any, at: Any, state: Any) -> Any:
                 before, sums = state
@@ -156,9 +169,9 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
         "q": matrix(q.dtype, stages, columns, k.shape[3]),
         "d_out": matrix(q.dtype, stages, columns, v.shape[3]),
         "lse": plgpu.SMEM((stages, columns), jnp.float32),
-        "delta": plgpu.SMEM((stages, columns), jnp.float32),
+        "delta": plgpu.SMEM((stages, 2, columns), jnp.float32),
         "mine_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     }
     arrays = (getattr(inputs, name) for name in targets)
@@ -171,7 +184,7 @@ def queries(form: Form, inputs: Inputs) -> Array:
     """Differentiates towards the queries."""
     q, k, v = inputs.q, inputs.k, inputs.v
     batch, length, num_heads, head_dim = q.shape
-    rows, columns, stages = form.tile
+    rows, columns, stages, _ = form.tile
     num_tiles, group = length // (2 * rows), num_heads // k.shape[2]
 
     def body(refs: Inputs, outs: Any, shared: Any) -> None:
@@ -216,24 +229,30 @@ def queries(form: Form, inputs: Inputs) -> Array:
             plgpu.barrier_wait(mine_ready)
 
             def visit(step: Any, total: Any, masked: bool) -> Any:
-                slot = lax.rem(step, stages)
-                start = seen = None
-                if masked or refs.bias is not None:
-                    start = (first, refs.lists[*at, step] * columns)
-                if masked:
-                    seen = allowed(form, refs, shape, (b, n), start)
-                initial, seen = _hidden(form, seen)
-                plgpu.barrier_wait(shared["ready"].at[slot])
+                slot, again = _slot(step, stages), _again(member, step)
+                needed = masked or refs.bias is not None
+                start = (first, refs.lists[*at, step] * columns) if needed else None
                 keys, values = shared["k"].at[slot], shared["v"].at[slot]
-                logits, slope = multiply(
-                    (initial, own, keys.transpose((1, 0))),
-                    (None, d_out, values.transpose((1, 0))),
+
+                def products() -> tuple[Any, Any]:
+                    plgpu.barrier_wait(shared["ready"].at[slot])
+                    return shared["q"].at[again], keys.transpose((1, 0))
+
+                _, slope = _differentiated(
+                    form,
+                    refs,
+                    scale,
+                    (shape, (b, n), start),
+                    masked,
+                    products,
+                    lambda: spread(lse, shape),
+                    lambda: (
+                        spread(delta, shape),
+                        shared["d_out"].at[again],
+                        values.transpose((1, 0)),
+                    ),
                 )
-                owner, sums = (b, n), spread(lse, shape)
-                weights, factor = _weights(form, refs, logits, scale, sums, owner, start, seen)
-                slope = weights * (slope + spread(delta, shape))
-                slope = slope if factor is None else slope * factor
-                (total,) = multiply((total, slope.astype(q.dtype), keys))
+                (total,) = multiply((total, slope, keys))
                 plgpu.barrier_arrive(shared["free"].at[slot])
                 return total
 
@@ -258,32 +277,66 @@ def queries(form: Form, inputs: Inputs) -> Array:
     return launch("flash_backward_q", body, inputs, outs, shared, (batch, num_heads, num_tiles))[0]
 
 
-def _hidden(form: Form, seen: Any) -> tuple[Any, Any]:
-    """What logits start from, and what is then left of the mask.
-
-    Hidden ones start so far down that their product does not lift them: a choice made before the
-    products takes no registers beside them. A soft-cap would lift them: there it is made later.
-    """
-    if seen is None or form.softcap is not None:
-        return None, seen
-    return jnp.where(seen, 0.0, _FAR_DOWN), None
-
-
-def _weights(
+def _differentiated(
     form: Form,
     refs: Inputs,
-    logits: Any,
     scale: Any,
-    lse: Any,
-    owner: Any,
-    start: Any,
-    seen: Any,
+    place: tuple[Any, Any, Any],
+    masked: bool,
+    logits: Callable[[], tuple[Any, Any]],
+    lse: Callable[[], Any],
+    slopes: Callable[[], tuple[Any, Any, Any]] | None,
 ) -> tuple[Any, Any]:
-    """The weights of a tile, and the slope of the soft-cap or None."""
-    x, unit = capped(form, logits, scale)
-    tanh = None if form.softcap is None else x * (LN2 / form.softcap)
-    x, unit = biased(refs, x, unit, owner, start)
-    x = scaled(x, unit) - lse
-    if seen is not None:
-        x = jnp.where(seen, x, -jnp.inf)
-    return jnp.exp2(x), None if tanh is None else 1.0 - tanh * tanh
+    """The weights of a tile, and the slopes of its logits if `slopes` is given.
+
+    Args:
+        form: Of the kernel.
+        refs: Its arrays.
+        scale: Of the logits, in units of log 2.
+        place: Shape of the tile, whose it is, and where it starts.
+        masked: Whether the mask cuts it.
+        logits: Waits for their factors.
+        lse: Loads the logarithms of the sums.
+        slopes: Loads what slopes of the weights start from, and their factors.
+    """
+    dtype, (shape, owner, start) = refs.q.dtype, place
+    seen = allowed(form, refs, *place) if masked and form.softcap is None else None
+    if form.softcap is None:
+        # The products start from the bias, and where it is hidden so far down that they do not lift
+        # it: what is known before them takes no registers beside them.
+        initial = None if refs.bias is None else rectangle(refs.bias, shape, owner, start)
+        if seen is not None:
+            initial = jnp.where(seen, 0.0 if initial is None else initial, _FAR_DOWN)
+        factors, sums = logits(), lse()
+        x, *found = multiply((initial, *factors), *(() if slopes is None else (slopes(),)))
+        weights = jnp.exp2(x * scale - sums)
+        return weights.astype(dtype), (weights * found[0]).astype(dtype) if found else None
+
+    # A soft-cap would lift them, and needs so many registers that the products are made in turn.
+    (x,) = multiply((None, *logits()))
+    x, _ = capped(form, x, scale)
+    tanh = x * (LN2 / form.softcap)
+    x, _ = biased(refs, x, None, owner, start)
+    x = x - lse()
+    seen = allowed(form, refs, *place) if masked else None
+    weights = jnp.exp2(x if seen is None else jnp.where(seen, x, -jnp.inf))
+    if slopes is None:
+        return weights.astype(dtype), None
+    narrow, weights = lax.optimization_barrier(
+        (weights.astype(dtype), weights * (1.0 - tanh * tanh))
+    )
+    (found,) = multiply(slopes())
+    return narrow, (weights * found).astype(dtype)
+
+
+def _again(index: Any, step: Any, part: int = 0) -> Any:
+    """The index, in a form of which compilers do not see that it never changes.
+
+    They would work out the addresses of all products before the loop, for want of registers to
+    spill them.
+    """
+    return index + lax.shift_right_logical(step, 30 - part)
+
+
+def _slot(step: Any, stages: int) -> Any:
+    return lax.rem(step, stages) if stages > 1 else _again(0, step)

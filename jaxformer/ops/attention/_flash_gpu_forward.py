@@ -34,7 +34,7 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
     """Returns the result, B T N Hv, and the logarithms of the sums, B N T."""
     q, k, v = inputs.q, inputs.k, inputs.v
     (batch, length, num_heads, head_dim), value_dim = q.shape, v.shape[3]
-    rows, columns, stages = form.tile
+    rows, columns, stages, _ = form.tile
     num_tiles, group = length // (2 * rows), num_heads // k.shape[2]
 
     def body(refs: Inputs, outs: Any, shared: Any) -> None:

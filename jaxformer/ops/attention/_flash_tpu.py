@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxformer.ops.attention import _flash_tpu_backward, _flash_tpu_forward
 from jaxformer.ops.attention._flash_tpu_steps import LANES, LOG2E, MOST_STEPS, Cut
 from jaxformer.ops.attention._tpu_blocks import TABLE
+from jaxformer.ops.attention.blocks import kinds
 from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array, Float
 
@@ -37,7 +39,7 @@ def refuses(
         return f"the TPU kernel needs something to do, got q, k, v of {q.shape, k.shape, v.shape}."
     dtype = _dtype(q, k, v)
     sizes = [_sizes(which, q, v, dtype) for which in ("forward", "backward")]
-    pairs = max(-(-q.shape[1] // cut.query) * -(-k.shape[1] // cut.key) for cut in sizes)
+    pairs = max(_pairs(mask, q.shape[1], k.shape[1], cut) for cut in sizes)
     if pairs > MOST_STEPS:
         return f"the TPU kernel lists at most {MOST_STEPS} pairs of blocks, T and S have {pairs}."
     group = q.shape[2] // k.shape[2]
@@ -207,6 +209,21 @@ def _sizes(which: str, q: Any, v: Any, dtype: Any) -> Cut:
     return Cut(*chip[key])
 
 
+def _pairs(mask: Mask | None, query_length: int, key_length: int, cut: Cut) -> int:
+    """How many pairs of blocks are listed: those that the mask leaves, whatever its arrays hold."""
+    every = -(-query_length // cut.query) * -(-key_length // cut.key)
+    if mask is None or not MOST_STEPS < every <= 16 * MOST_STEPS:
+        return every
+    listed = []
+
+    def count(mask: Mask) -> None:
+        found = kinds(mask, query_length, key_length, cut.query, cut.key, static=True)
+        listed.append(int(np.count_nonzero(found)))
+
+    jax.eval_shape(count, mask)
+    return listed[0]
+
+
 def _fitted(cut: Cut, query_length: int, key_length: int, unit: int) -> Cut:
     """Makes blocks no longer than the sequences; queries in a cell are a multiple of `unit`."""
     rows, query = _shrunk(cut.rows, cut.query, query_length, unit)
@@ -218,7 +235,10 @@ def _shrunk(cell: int, block: int, length: int, unit: int) -> tuple[int, int]:
     if length >= block:
         return cell, block
     if length > cell:
-        return cell, -(-length // cell) * cell
+        filled, half = -(-length // cell) * cell, cell // 2
+        if half % LANES == 0 and -(-length // half) * half <= 0.75 * filled:
+            return _shrunk(half, block, length, unit)
+        return cell, filled
     cell = min(-(-length // unit) * unit, cell)
     return cell, cell
 

@@ -128,12 +128,12 @@ def forward(
                         value = cleared(value, cell[1] * cut.columns, key_length - first_key)
                 m = m_ref[rows]
                 largest = jnp.maximum(m, x.max(axis=1, keepdims=True))
-                p = jnp.exp2(x - _spread(largest, x.shape[1]))
+                p = jnp.exp2(x - steps_of.spread(largest, x.shape[1]))
                 fade = jnp.exp2(m - largest)
                 m_ref[rows] = largest
                 l_ref[rows] = fade * l_ref[rows] + _partial_sums(p)
                 product = dot(p.astype(v_ref.dtype), value, 1, 0)
-                acc_ref[rows] = _spread(fade, value_channels) * acc_ref[rows] + product
+                acc_ref[rows] = steps_of.spread(fade, value_channels) * acc_ref[rows] + product
 
             steps_of.interleaved(cells, cut.ahead, begin, end)
 
@@ -264,13 +264,6 @@ def _numbers(scale: Any, softcap: float | None, sinks: Array | None):
     if not parts:
         return None, float(at), 0
     return jnp.concatenate(parts), at if at is not factor else float(factor), len(parts) - 1
-
-
-def _spread(lanes: Array, width: int) -> Array:
-    """Widens a column that all lanes repeat."""
-    if width % LANES == 0:
-        return jnp.tile(lanes, (1, width // LANES))
-    return lanes[:, :width] if width < LANES else lanes[:, :1]
 
 
 def _partial_sums(p: Array) -> Array:

@@ -134,7 +134,7 @@ def run(steps: Steps, cut: Cut, code: Any, body: Callable[[list, np.ndarray], No
     if steps.whole:
         patterns.append((WHOLE, np.full(shape, WHOLE)))
     for number, pattern in patterns:
-        cells = [(int(r), int(c)) for r, c in np.argwhere(pattern != SKIP)]
+        cells = [(int(r), int(c)) for c, r in np.argwhere(pattern.T != SKIP)]
         if cells:
             pl.when((code & 15) == number)(functools.partial(body, cells, pattern))
 
@@ -231,19 +231,26 @@ def _full(leaf: Array, cut: Cut, place: Callable, many: list[bool], keys_first: 
 def _vector(
     leaf: Array, cut: Cut, place: Callable, many: list[bool], along_queries: bool, keys_first: bool
 ):
-    array = leaf.reshape(*leaf.shape[:2], 1, -1)
+    turned = along_queries != keys_first  # a column, which its lanes repeat
     size = cut.query if along_queries else cut.key
-    array, size = lane_padded(array, size)
+    if turned:
+        shape = (*leaf.shape[:2], max(leaf.shape[2:]), LANES)
+        array = jnp.broadcast_to(leaf.reshape(*shape[:3], 1), shape)
+        block = (1, 1, size, LANES)
+    else:
+        array, size = lane_padded(leaf.reshape(*leaf.shape[:2], 1, -1), size)
+        block = (1, 1, 1, size)
 
     def index(*ids):
         b, n, i, j = place(*ids)
-        return (b if many[0] else 0, n if many[1] else 0, 0, i if along_queries else j)
+        at = i if along_queries else j
+        return b if many[0] else 0, n if many[1] else 0, *((at, 0) if turned else (0, at))
 
     def load(ref, b, rows, columns):
-        found = ref[0, 0, :, rows if along_queries else columns]
-        return column(found) if along_queries != keys_first else found
+        down, along = (columns, rows) if keys_first else (rows, columns)
+        return spread(ref[0, 0, down], along.stop - along.start) if turned else ref[0, 0, :, along]
 
-    return array, pl.BlockSpec((1, 1, 1, size), index), load
+    return array, pl.BlockSpec(block, index), load
 
 
 def lane_padded(array: Array, size: int) -> tuple[Array, int]:
@@ -255,9 +262,11 @@ def lane_padded(array: Array, size: int) -> tuple[Array, int]:
     return jnp.pad(array, widths), size
 
 
-def column(row: Array) -> Array:
-    """Turns 1×n into n×1."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+def spread(lanes: Array, width: int) -> Array:
+    """Widens a column that all lanes repeat."""
+    if width % LANES == 0:
+        return jnp.tile(lanes, (1, width // LANES))
+    return lanes[:, :width] if width < LANES else lanes[:, :1]
 
 
 def results(arrays: list[Array], *kinds: tuple[tuple[int, ...], Any]) -> list:

@@ -1,7 +1,10 @@
 """The TPU kernels, interpreted, are dense attention; for a chip that nobody has they compile."""
 
 import dataclasses
+import functools
 import os
+import pathlib
+import runpy
 import subprocess
 import sys
 from typing import Any
@@ -14,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer import testing
 from jaxformer.ops import attention
-from jaxformer.ops.attention import _flash_tpu, dense
+from jaxformer.ops.attention import _flash_tpu, _tpu_blocks, dense
 
 MANY_BLOCKS = _flash_tpu.Cut(8, 4, 4, 4, 2)
 NAMES = ("out", "lse", "q", "k", "v")
@@ -50,29 +53,38 @@ def kernels(x, d_out, d_lse, **how):
     return out, lse, *_flash_tpu.backward(*given, **options, **how)[:3]
 
 
-def meaning(x, d_out, d_lse):
-    """The same of dense attention, in float32 of what was rounded."""
-
-    bias = None if x["bias"] is None else x["bias"].astype(jnp.float32)
+def unfused(x, d_out, d_lse):
+    """The same of dense attention, in the dtypes of its arguments."""
 
     def f(q, k, v):
-        return dense.attend(**{**x, "q": q, "k": k, "v": v, "bias": bias}, return_lse=True)
+        return dense.attend(**x | {"q": q, "k": k, "v": v}, return_lse=True)
 
-    (out, lse), pull_back = jax.vjp(f, *(x[n].astype(jnp.float32) for n in "qkv"))
-    return out, lse, *pull_back((d_out.astype(jnp.float32), d_lse))
+    (out, lse), pull_back = jax.vjp(f, x["q"], x["k"], x["v"])
+    return out, lse, *pull_back((d_out, d_lse.astype(lse.dtype)))
 
 
-def computed(case, *functions, **changes):
-    """What functions make of a case and of gradients drawn for its results, compiled as one."""
+def meaning(x, d_out, d_lse):
+    """The same in float32 of what was rounded."""
+    wide = {n: x[n].astype(jnp.float32) for n in ("q", "k", "v", "bias") if x[n] is not None}
+    return unfused(x | wide, d_out.astype(jnp.float32), d_lse)
+
+
+def drawn(case, **changes):
+    """The arguments of a case, and gradients of its results."""
     x = case.inputs()
     x |= {"scale": case.head_dim**-0.5 if case.scale is None else case.scale} | changes
     random = np.random.default_rng(1)
     shape = (case.batch, case.query_length, case.num_heads)
     d_out = jnp.asarray(random.standard_normal((*shape, case.value_dim)), case.dtype)
-    d_lse = jnp.asarray(random.standard_normal(shape), jnp.float32)
-    static = {n: x.pop(n) for n in list(x) if isinstance(x[n], float)}
+    return x, d_out, jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+
+def computed(functions, x, *gradients):
+    """What functions make of them, compiled as one; numbers that are no arrays stay static."""
+    static = {n: y for n, y in x.items() if isinstance(y, float)}
+    arrays = {n: y for n, y in x.items() if n not in static}
     run = jax.jit(lambda x, *gradients: [f({**x, **static}, *gradients) for f in functions])
-    return run(x, d_out, d_lse)
+    return run(arrays, *gradients)
 
 
 def assert_close(found, expected, dtype):
@@ -92,18 +104,36 @@ def assert_close(found, expected, dtype):
 )
 def test_values_and_gradients_are_those_of_dense_attention(name):
     case = CASES[name]
-    found, expected = computed(case, kernels, meaning)
+    found, expected = computed((kernels, meaning), *drawn(case))
     assert [x.dtype for x in found] == [case.dtype, jnp.float32, *[case.dtype] * 3]
     assert_close(found, expected, case.dtype)
 
 
 def test_logits_of_ten_thousand_stay_finite_with_a_scale_that_is_traced():
     case = dataclasses.replace(CASES["causal_key_lengths"], batch=2, num_heads=1, num_kv_heads=1)
-    found, expected = computed(case, kernels, meaning, scale=jnp.array(-1e4))
+    found, expected = computed((kernels, meaning), *drawn(case, scale=jnp.array(-1e4)))
     assert all(np.isfinite(y).all() for n, y in zip(NAMES, found) if n != "lse")
     largest = np.abs(np.where(np.isneginf(expected[1]), 0, expected[1])).max()
     assert largest > 1e4
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=4 * 2**-24 * largest)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_errors_against_float64_are_at_most_a_quarter_above_those_of_dense_attention(dtype):
+    case = testing.AttentionCase(
+        "", lambda c: attention.causal(6), 1, 293, 307, 4, 2, 64, 64, dtype=dtype
+    )
+    cut = _flash_tpu.Cut(256, 256, 128, 128, 1)
+    given = drawn(case)
+    fused, plain = computed((functools.partial(kernels, block_sizes=cut), unfused), *given)
+    with jax.enable_x64():
+        exact = computed((unfused,), *jax.tree.map(lambda x: jnp.asarray(np.float64(x)), given))[0]
+    for name, *values in zip(NAMES, fused, plain, exact, strict=True):
+        one, other, truth = (np.asarray(x, np.float64) for x in values)
+        unit = max(float(jnp.finfo(jnp.float32 if name == "lse" else dtype).eps), 2e-6)
+        error, allowed = np.abs(one - truth).max(), 1.25 * np.abs(other - truth).max()
+        assert error <= max(allowed, unit * np.abs(truth).max()), name
+        assert np.linalg.norm(one - truth) <= 1.25 * np.linalg.norm(other - truth), name
 
 
 def test_no_grid_step_races_another_or_reads_what_nobody_wrote():
@@ -117,7 +147,7 @@ def test_no_grid_step_races_another_or_reads_what_nobody_wrote():
     def strict(*args):
         return kernels(*args, interpret=how, block_sizes=cut)
 
-    found, expected = computed(case, strict, meaning)
+    found, expected = computed((strict, meaning), *drawn(case))
     assert_close(found, expected, case.dtype)
     assert not races.races.races_found
 
@@ -135,6 +165,27 @@ def test_no_grid_step_races_another_or_reads_what_nobody_wrote():
 )
 def test_what_is_not_possible_is_refused_with_the_number(change, reason):
     assert reason in _flash_tpu.refuses(**testing.AttentionCase("").inputs() | change)
+
+
+def test_only_pairs_of_blocks_that_the_mask_leaves_count_against_the_limit():
+    x = {n: jax.ShapeDtypeStruct((1, 300_000, 1, 8), jnp.float32) for n in "qkv"}
+    x |= dict.fromkeys(("bias", "scale", "softcap", "sinks"))
+    ids = jnp.zeros((1, 300_000), jnp.int32)
+    near = attention.window(1000) & attention.segments(ids)
+    assert _flash_tpu.refuses(**x, mask=near) is None
+    assert "pairs" in str(_flash_tpu.refuses(**x, mask=attention.causal()))
+
+
+def test_the_table_of_block_sizes_is_as_its_script_writes_it_and_cells_divide_blocks():
+    script = pathlib.Path(__file__).parents[3] / "scripts/make_tpu_blocks.py"
+    written = runpy.run_path(str(script))["text"]
+    text = pathlib.Path(str(_tpu_blocks.__file__)).read_text()
+    libtpu = text.partition("libtpu ")[2].partition(";")[0]
+    assert written(_tpu_blocks.TABLE, libtpu) == text
+    for cut in (
+        _flash_tpu.Cut(*sizes) for chip in _tpu_blocks.TABLE.values() for sizes in chip.values()
+    ):
+        assert cut.query % cut.rows == cut.key % cut.columns == cut.columns % _flash_tpu.LANES == 0
 
 
 def test_a_gradient_of_the_bias_is_refused():
