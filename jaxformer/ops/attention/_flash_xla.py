@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxformer.ops.attention._xla_tiles import Place, Tiles, finite, product
 from jaxformer.ops.attention.masks import Mask
@@ -215,7 +216,10 @@ def backward(
     d_bias = tiles.zeros(*bias.shape) if bias is not None and bias_gradient else None
     d_q, d_k, d_v, d_bias = tiles.walk(step, (*start, d_bias))
     d_q, d_k, d_v = tiles.queries_back(d_q), tiles.keys_back(d_k), tiles.keys_back(d_v)
-    d_scale = (q.astype(dtype) * d_q).sum() if scale_gradient else None
+    d_scale = None
+    if scale_gradient:  # in two steps, which round less; XLA would make them one
+        rows = jnp.einsum("btnh,btnh->btn", q.astype(dtype), d_q, precision="highest")
+        d_scale = lax.optimization_barrier(rows).sum()
     d_q = d_q * scale
     d_k = d_k if tiles.late is None else d_k * tiles.late
     return Gradients(d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_bias, d_scale)
