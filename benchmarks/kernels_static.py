@@ -39,7 +39,7 @@ class Config:
     """
 
     targets: tuple[str, ...] = ("v5e", "v6e", "sm_90a")
-    untuned: tuple[int, ...] = (192,)
+    untuned: tuple[int, ...] = (96,)
 
 
 def flash_on_tpu(kernel: str, target: str, schedule: Schedule) -> Iterator[tuple[str, dict]]:
