@@ -177,8 +177,13 @@ def assert_attention(
         arrays["scale"] = jnp.asarray(case.scale, jnp.float32)
     random = np.random.default_rng(1)
     shape = (*inputs["q"].shape[:3], case.value_dim)
-    d_out, d_lse = random.standard_normal(shape), random.standard_normal(shape[:3])
-    moves = {name: random.standard_normal(x.shape) for name, x in arrays.items()}
+
+    def drawn(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Numbers that the narrow dtype holds, so that all begin with the same."""
+        return np.asarray(jnp.asarray(random.standard_normal(shape), dtype), np.float64)
+
+    d_out, d_lse = drawn(shape, case.dtype), drawn(shape[:3], jnp.float32)
+    moves = {name: drawn(x.shape, x.dtype) for name, x in arrays.items()}
 
     def results(attend: Callable[..., Any], arrays: dict[str, Array]) -> dict[str, Any]:
         def finite(arrays: dict[str, Array]) -> tuple[Array, Array]:

@@ -109,6 +109,15 @@ def test_values_and_gradients_are_those_of_dense_attention(name):
     assert_close(found, expected, case.dtype)
 
 
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 60))]
+)
+def test_a_drawn_case_is_dense_attention(seed):
+    case = testing.draw_attention_case(seed)
+    found, expected = computed((kernels, meaning), *drawn(case))
+    assert_close(found, expected, case.dtype)
+
+
 def test_logits_of_ten_thousand_stay_finite_with_a_scale_that_is_traced():
     case = dataclasses.replace(CASES["causal_key_lengths"], batch=2, num_heads=1, num_kv_heads=1)
     found, expected = computed((kernels, meaning), *drawn(case, scale=jnp.array(-1e4)))
