@@ -211,9 +211,14 @@ def assert_attention(
             raise AssertionError(f"{name} has dtype {x.dtype}, expected {plain[name].dtype}.")
         one, other, truth = (np.asarray(y, np.float64) for y in (x, plain[name], exact[name]))
         size = np.abs(truth).max(initial=1e-2)
-        if name == "d scale":  # a sum of terms of both signs, whose roundings do not cancel
+        # Sums of terms of both signs, whose roundings do not cancel.
+        if name == "d scale":
             terms = np.asarray(wide["q"]) * np.asarray(exact["d q"]) / np.asarray(wide["scale"])
             size = max(size, float(np.linalg.norm(terms)))
+        if name == "d sinks":
+            shares = np.exp(np.asarray(wide["sinks"]) - np.asarray(exact["lse"]))
+            terms = shares * ((d_out * np.asarray(exact["out"])).sum(-1) - d_lse)
+            size = max(size, float(np.linalg.norm(terms, axis=(0, 1)).max()))
         error, allowed = np.abs(one - truth).max(initial=0), np.abs(other - truth).max(initial=0)
         unit = jnp.finfo(jnp.float32 if name.startswith("lse") else case.dtype).eps
         allowed = max(1.25 * allowed, size * max(float(unit), 2e-6))
