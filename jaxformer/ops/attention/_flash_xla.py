@@ -217,9 +217,11 @@ def backward(
     d_q, d_k, d_v, d_bias = tiles.walk(step, (*start, d_bias))
     d_q, d_k, d_v = tiles.queries_back(d_q), tiles.keys_back(d_k), tiles.keys_back(d_v)
     d_scale = None
-    if scale_gradient:  # in two steps, which round less; XLA would make them one
-        rows = jnp.einsum("btnh,btnh->btn", q.astype(dtype), d_q, precision="highest")
-        d_scale = lax.optimization_barrier(rows).sum()
+    if scale_gradient:  # in steps, which round less; XLA would make them one
+        sums = jnp.einsum("btnh,btnh->btn", q.astype(dtype), d_q, precision="highest")
+        for axis in (1, 1):
+            sums = lax.optimization_barrier(sums).sum(axis)
+        d_scale = lax.optimization_barrier(sums).sum()
     d_q = d_q * scale
     d_k = d_k if tiles.late is None else d_k * tiles.late
     return Gradients(d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_bias, d_scale)
