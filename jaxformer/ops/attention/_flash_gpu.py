@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.ops.attention import blocks
+from jaxformer.ops.attention._xla_tiles import row_delta
 from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array
 
@@ -173,7 +174,7 @@ def backward(
     if bias_gradient:
         raise NotImplementedError("the GPU kernels of attention have no gradient towards bias.")
     length, key_length, head_dim, value_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    delta = d_lse - jnp.einsum("BTNH,BTNH->BTN", out, d_out, preferred_element_type=jnp.float32)
+    delta = -row_delta(out, d_out, d_lse, jnp.float32)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)  # who sees nothing weighs nothing
 
     def derivatives(f: Any, tile: Tile, query_axis: int, **options: Any) -> Any:

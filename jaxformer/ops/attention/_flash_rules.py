@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxformer.ops.attention import _flash_xla
-from jaxformer.ops.attention._xla_tiles import finite
+from jaxformer.ops.attention._xla_tiles import finite, row_delta
 from jaxformer.typing import Array
 
 Tree = Any
@@ -195,7 +195,7 @@ def _pulled(
     found = _twice(_folding(run, whole=any(demands.values())), plain)(arrays, mask)
     wanted = {name: x for name, x in operands.items() if name in names and x is not None}
     if "sinks" in wanted:
-        delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - d_lse
+        delta = row_delta(out, d_out, d_lse, lse.dtype)
         share = jnp.exp(wanted["sinks"].astype(lse.dtype)[None, None] - finite(lse))
         found["sinks"] = -(share * delta).sum((0, 1))
     return {name: found[name].astype(x.dtype).reshape(x.shape) for name, x in wanted.items()}

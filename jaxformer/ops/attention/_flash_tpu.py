@@ -16,6 +16,7 @@ import numpy as np
 from jaxformer.ops.attention import _flash_tpu_backward, _flash_tpu_forward
 from jaxformer.ops.attention._flash_tpu_steps import LANES, LOG2E, MOST_STEPS, Cut
 from jaxformer.ops.attention._tpu_blocks import TABLE
+from jaxformer.ops.attention._xla_tiles import row_delta
 from jaxformer.ops.attention.blocks import kinds
 from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array, Float
@@ -149,9 +150,9 @@ def backward(
     sizes = block_sizes or _sizes("backward", q, v, dtype)
     cut = _fitted(sizes, query_length, key_length, LANES)
 
-    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    delta = row_delta(out, d_out, d_lse, jnp.float32)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    rows = jnp.stack([lse, inner], axis=1).transpose(0, 3, 1, 2)  # B N 2 T
+    rows = jnp.stack([lse, delta], axis=1).transpose(0, 3, 1, 2)  # B N 2 T
     inputs = [_heads_first(x, dtype) for x in (q, k, v, d_out)]
 
     while cut.query % (2 * cut.rows) == 0 and not _blocks_at_once(group, q.shape[3], cut, dtype):

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from jaxformer.ops.attention import blocks
+from jaxformer.ops.attention._xla_tiles import row_delta
 from jaxformer.ops.attention.masks import Mask
 from jaxformer.typing import Array, Float
 
@@ -178,7 +179,7 @@ def backward(
     if bias_gradient:
         raise NotImplementedError("the Triton kernels have no gradient for bias.")
     sizes = block_sizes or default_sizes(q, v, backward=True)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    delta = row_delta(out, d_out, d_lse, jnp.float32)
     # The weights of a query that may look nowhere are zero wherever it looks.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E).swapaxes(1, 2)
     given = _Inputs(q, k, v, mask, bias, scale, None, d_out, lse, delta.swapaxes(1, 2))
