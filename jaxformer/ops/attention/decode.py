@@ -9,8 +9,6 @@ parts that are computed as rows of the batch and joined by their logarithmic sum
 Dao, Haziza, Massa and Sizov 2023, https://pytorch.org/blog/flash-decoding/).
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,13 +18,6 @@ from jaxformer.typing import Array, Float, Int
 BLOCK = 512  # keys of a part at least
 
 _ROWS = 128  # of the batch, times key heads, times splits: about the multiprocessors of a GPU
-
-
-class _Options(NamedTuple):
-    window: int | None
-    scale: float | Array | None
-    softcap: float | None
-    implementation: str | None
 
 
 def attend(
@@ -81,17 +72,25 @@ def attend(
         raise ValueError(f"attend needs 1 <= splits <= S={num_keys}, got {splits=}.")
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    options = _Options(window, scale, softcap, implementation)
+
+    def look(q: Array, k: Array, v: Array, offset: Array, bias: Array | None) -> tuple:
+        """Attends with query 0 of each row at `offset`, which may lie outside of these keys."""
+        mask = masks.window(window, 0, offset)
+        options = {"bias": bias, "scale": scale, "softcap": softcap}
+        return flash.attend(
+            q, k, v, mask, **options, implementation=implementation, return_lse=True
+        )
+
     offset = lengths - num_queries
     if splits == 1:
-        out, lse = _rows(q, k, v, offset, bias, options)
+        out, lse = look(q, k, v, offset, bias)
     else:
         size = -(-num_keys // splits)
         rows = batch * splits
         offset = (offset[:, None] - size * jnp.arange(splits)[None]).reshape(rows)
         k, v = (_split(x, 1, splits, size).reshape(rows, size, *x.shape[2:]) for x in (k, v))
         bias = None if bias is None else _split_bias(bias, batch, splits, size)
-        out, lse = _rows(jnp.repeat(q, splits, 0), k, v, offset, bias, options)
+        out, lse = look(jnp.repeat(q, splits, 0), k, v, offset, bias)
         out, lse = (x.reshape(batch, splits, *x.shape[1:]) for x in (out, lse))
         out, lse = _joined(out, lse)
     if sinks is not None:
@@ -99,23 +98,6 @@ def attend(
         out, lse = flash.merge((out, lse), (jnp.zeros_like(out), nothing))
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def _rows(
-    q: Array, k: Array, v: Array, offset: Array, bias: Array | None, options: _Options
-) -> tuple[Array, Array]:
-    """Attends with query 0 of each row at `offset`, which may lie outside of these keys."""
-    return flash.attend(
-        q,
-        k,
-        v,
-        masks.window(options.window, 0, offset),
-        bias=bias,
-        scale=options.scale,
-        softcap=options.softcap,
-        implementation=options.implementation,
-        return_lse=True,
-    )
 
 
 def _joined(
