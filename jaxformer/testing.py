@@ -206,15 +206,21 @@ def assert_attention(
     with jax.enable_x64():
         wide = {name: jnp.asarray(np.float64(x)) for name, x in arrays.items()}
         exact = jax.jit(functools.partial(results, attention.attend))(wide)
+    # The slope of a logit is a difference of products as large as this; 1/32 of 2e-6 is a rounding.
+    slope = _longest(d_out) * _longest(wide["v"]) / 32 if case.dtype == jnp.float32 else 0.0
+    scale = abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     for name, x in found.items():
         if x.dtype != plain[name].dtype:
             raise AssertionError(f"{name} has dtype {x.dtype}, expected {plain[name].dtype}.")
         one, other, truth = (np.asarray(y, np.float64) for y in (x, plain[name], exact[name]))
         size = np.abs(truth).max(initial=1e-2)
         # Sums of terms of both signs, whose roundings do not cancel.
+        if name in ("d q", "d k"):
+            size += scale * slope * np.abs(wide["k" if name == "d q" else "q"]).max(initial=0)
         if name == "d scale":
-            terms = np.asarray(wide["q"]) * np.asarray(exact["d q"]) / np.asarray(wide["scale"])
+            terms = np.asarray(wide["q"]) * np.asarray(exact["d q"]) / scale
             size = max(size, float(np.linalg.norm(terms)))
+            size += slope * float(np.linalg.norm(wide["q"]) * np.abs(wide["k"]).max(initial=0))
         if name == "d sinks":
             shares = np.exp(np.asarray(wide["sinks"]) - np.asarray(exact["lse"]))
             terms = shares * ((d_out * np.asarray(exact["out"])).sum(-1) - d_lse)
@@ -354,6 +360,10 @@ _EVERYTHING = {
     "softcap": 3.0,
     "sinks": True,
 }
+
+
+def _longest(x: Any) -> float:
+    return float(np.linalg.norm(x, axis=-1).max(initial=0))
 
 
 def _everything_at_once(case: AttentionCase) -> attention.Mask:
