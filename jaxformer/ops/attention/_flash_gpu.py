@@ -7,9 +7,10 @@ of queries a list names the blocks of keys to visit: first those that the mask l
 then those that it cuts; the order of a softmax does not matter.
 
 References:
-    Shah et al. 2024, "FlashAttention-3": two groups of warps in turn, one multiplying while the
-    other exponentiates. https://arxiv.org/abs/2407.08608. We differ in walking lists of blocks, and
-    in two kernels without atomic additions for the gradient, which gives the same bits each time.
+    Shah et al. 2024, "FlashAttention-3": two groups of warps, one multiplying while the other
+    exponentiates, and products of one step beside the softmax of the next.
+    https://arxiv.org/abs/2407.08608. We differ in walking lists of blocks, and in two kernels
+    without atomic additions for the gradient, which gives the same bits each time.
 """
 
 import math
@@ -112,8 +113,6 @@ def refuses(
     for name, size in (("H", q.shape[3]), ("Hv", v.shape[3])):
         if size > 256:
             return f"head sizes above 256 exceed the registers, got {name}={size}"
-    if q.shape[0] > 65_535:
-        return f"a grid has at most 65535 rows of the batch, got B={q.shape[0]}"
     try:
         version = metadata.version("nvidia-cuda-nvcc-cu12")
     except metadata.PackageNotFoundError:
@@ -138,8 +137,12 @@ def forward(
     """Attends; also gives the logarithm of the sum of exponentials of each row, B T N."""
     from jaxformer.ops.attention import _flash_gpu_forward as kernel
 
-    tile = tile or _forward_tile(q.shape[3], v.shape[3])
     length, value_dim = q.shape[1], v.shape[3]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    widths = {_width(q.shape[3]), _width(v.shape[3])}
+    if widths == {192, 256}:  # beside the queries there is no room for a result of another size
+        q, k, v = (_padded(x, x.shape[1], 256) for x in (q, k, v))
+    tile = tile or _forward_tile(q.shape[3], v.shape[3])
     form, inputs = _prepared(tile, 0, q, k, v, mask, bias, scale, softcap)
     if sinks is not None:
         inputs = inputs._replace(sinks=sinks.astype(jnp.float32) * _LOG2E)
@@ -268,15 +271,17 @@ def _lists(
 
 
 def _forward_tile(head_dim: int, value_dim: int) -> Tile:
-    """The largest step whose logits and weights fit beside the result."""
+    """The largest step whose logits, and the weights before them, fit beside the result.
+
+    Two stages at least: the keys of a step and the values of the one before are needed together.
+    """
     head_dim, value_dim = _width(head_dim), _width(value_dim)
-    for columns in (128, 64):
-        tile = Tile(columns=columns)
-        queries = 2 * tile.rows * (head_dim + (value_dim if head_dim != value_dim else 0))
-        size = 2 * (queries + tile.stages * columns * (head_dim + value_dim))
-        if value_dim // 2 + 3 * columns // 4 <= _REGISTERS - 16 and size <= _SHARED_MEMORY:
-            return tile
-    return Tile(columns=64, stages=1)
+    tile = Tile(columns=128)
+    queries = 2 * tile.rows * (head_dim + (value_dim if head_dim != value_dim else 0))
+    size = 2 * (queries + tile.stages * tile.columns * (head_dim + value_dim))
+    if value_dim // 2 + tile.columns <= _REGISTERS and size <= _SHARED_MEMORY:
+        return tile
+    return Tile(columns=64)
 
 
 def _backward_tile(head_dim: int, value_dim: int, sums: int, widest: int = 128) -> Tile:
@@ -296,8 +301,9 @@ def _turned(x: Array, scale: float | Array | None) -> Array:
     return -x if scale is not None and scale < 0 else x
 
 
-def _padded(x: Array, length: int) -> Array:
-    widths = [(0, 0), (0, length - x.shape[1]), (0, 0), (0, _width(x.shape[3]) - x.shape[3])]
+def _padded(x: Array, length: int, width: int | None = None) -> Array:
+    more = (width or _width(x.shape[3])) - x.shape[3]
+    widths = [(0, 0), (0, length - x.shape[1]), (0, 0), (0, more)]
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 

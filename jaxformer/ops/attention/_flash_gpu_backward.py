@@ -1,8 +1,7 @@
 """The Hopper kernels of attention's gradient: one for keys and values, one for queries.
 
 Both recompute the weights from the logarithms of their sums. Groups and barriers are as in the
-forward kernel, without turns: two groups that run freely fall out of step by themselves, and each
-multiplies for most of the time.
+forward kernel.
 """
 
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from jaxformer.ops.attention._flash_gpu_forward import (
     COMPUTE_REGISTERS,
     LN2,
     MEMORY_REGISTERS,
+    Grid,
     allowed,
     biased,
     capped,
@@ -51,8 +51,7 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
     group, width = num_heads // num_kv_heads, columns // parts
     shape = (rows, width)
 
-    def body(refs: Inputs, outs: Any, shared: Any) -> None:
-        b, kv, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    def body(refs: Inputs, outs: Any, shared: Any, b: Any, kv: Any, tile: Any) -> None:
         member = lax.axis_index("member")
 
         def for_each_head(f: Any, state: Any) -> Any:
@@ -176,7 +175,8 @@ def keys_and_values(form: Form, inputs: Inputs, targets: tuple[str, ...]) -> lis
     }
     arrays = (getattr(inputs, name) for name in targets)
     outs = tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
-    grid = (batch, num_kv_heads, length // (2 * rows))
+    size = 2 * group * q.shape[1] * (k.shape[3] + v.shape[3])
+    grid = Grid(batch, num_kv_heads, length // (2 * rows), size)
     return list(launch("flash_backward_" + "".join(targets), body, inputs, outs, shared, grid))
 
 
@@ -187,9 +187,8 @@ def queries(form: Form, inputs: Inputs) -> Array:
     rows, columns, stages, _ = form.tile
     num_tiles, group = length // (2 * rows), num_heads // k.shape[2]
 
-    def body(refs: Inputs, outs: Any, shared: Any) -> None:
-        b, n = lax.axis_index("batch"), lax.axis_index("head")
-        tile = num_tiles - 1 - lax.axis_index("tile")
+    def body(refs: Inputs, outs: Any, shared: Any, b: Any, n: Any, tile: Any) -> None:
+        tile = num_tiles - 1 - tile  # the longest lists of a causal mask first
         member = lax.axis_index("member")
         at = (*row_of(refs.lists, b, n), tile)
         steps = refs.counts[*at, 1]
@@ -274,7 +273,9 @@ def queries(form: Form, inputs: Inputs) -> Array:
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     }
     outs = (jax.ShapeDtypeStruct(q.shape, q.dtype),)
-    return launch("flash_backward_q", body, inputs, outs, shared, (batch, num_heads, num_tiles))[0]
+    size = 2 * k.shape[1] * (head_dim + v.shape[3]) // group
+    grid = Grid(batch, num_heads, num_tiles, size)
+    return launch("flash_backward_q", body, inputs, outs, shared, grid)[0]
 
 
 def _differentiated(

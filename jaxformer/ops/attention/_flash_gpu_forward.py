@@ -7,14 +7,14 @@ first two own `rows` queries each and do the rest. What holds between them:
   its `ready` barrier, at which TMA arrives with the last byte. wgmma reads by the asynchronous
   proxy, as TMA writes, so that no fence stands between the two.
 * A group arrives at `free` once it has waited for the products that read the slot.
-* `turn` is met by both groups twice a step, by the second group once before its first step and by
-  the first once after its last, so that they stay half a step apart: one has issued its products
-  when the other may issue, and exponentiates meanwhile.
+* While the logits of a step become weights, those of the step before still meet their values. Two
+  groups that run freely fall out of step by themselves, and one multiplies while the other
+  exponentiates; to have them take turns was no faster.
 * Whoever waits on a barrier waits for all of its phases, which the interpreter checks.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,6 +28,7 @@ from jaxformer.typing import Array
 load_as: Any = plgpu.load  # jax before 0.11 wants another argument
 LN2 = 0.6931471805599453
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24  # of 168 each that a thread starts with
+PROCESSORS, CACHE = 132, 24 << 20  # of an H100 or H200; half of the bytes of its second level
 
 
 def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
@@ -37,9 +38,8 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
     rows, columns, stages, _ = form.tile
     num_tiles, group = length // (2 * rows), num_heads // k.shape[2]
 
-    def body(refs: Inputs, outs: Any, shared: Any) -> None:
-        b, n = lax.axis_index("batch"), lax.axis_index("head")
-        tile = num_tiles - 1 - lax.axis_index("tile")  # the longest lists of a causal mask first
+    def body(refs: Inputs, outs: Any, shared: Any, b: Any, n: Any, tile: Any) -> None:
+        tile = num_tiles - 1 - tile  # the longest lists of a causal mask first
         member = lax.axis_index("member")
         at = (*row_of(refs.lists, b, n), tile)
         steps = refs.counts[*at, 1]
@@ -48,14 +48,19 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
         def load() -> None:
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            @pl.loop(0, steps)
-            def _(step: Any) -> None:
+            def load_one(x: str, step: Any) -> None:
                 slot = lax.rem(step, stages)
                 source = (b, pl.ds(refs.lists[*at, step] * columns, columns), lax.div(n, group))
-                for x in "kv":
-                    wait_if_used(step, stages, shared[x + "_free"])
-                    ready = shared[x + "_ready"].at[slot]
-                    plgpu.copy_gmem_to_smem(getattr(refs, x).at[source], shared[x].at[slot], ready)
+                wait_if_used(step, stages, shared[x + "_free"])
+                ready = shared[x + "_ready"].at[slot]
+                plgpu.copy_gmem_to_smem(getattr(refs, x).at[source], shared[x].at[slot], ready)
+
+            load_one("k", jnp.int32(0))
+
+            @pl.loop(0, steps)
+            def _(step: Any) -> None:
+                pl.when(step + 1 < steps)(lambda: load_one("k", step + 1))
+                load_one("v", step)
 
             drain(steps, stages, shared["k_free"], shared["v_free"])
 
@@ -75,24 +80,19 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
             )
             plgpu.barrier_wait(shared["q_ready"].at[member])
 
-            def change_turns() -> None:
-                plgpu.barrier_arrive(shared["turn"])
-                plgpu.barrier_wait(shared["turn"])
+            def used(x: str, step: Any) -> None:
+                plgpu.barrier_arrive(shared[x + "_free"].at[lax.rem(step, stages)])
 
-            def key(step: Any) -> Any:
-                """The keys of a step, transposed, once they are there."""
-                plgpu.barrier_wait(shared["k_ready"].at[lax.rem(step, stages)])
-                return shared["k"].at[lax.rem(step, stages)].transpose((1, 0))
+            def wait_for(x: str, step: Any) -> Any:
+                """Keys or values of a step, once they are there."""
+                plgpu.barrier_wait(shared[x + "_ready"].at[lax.rem(step, stages)])
+                return shared[x].at[lax.rem(step, stages)]
 
-            def visit(step: Any, state: Any, masked: bool, last: bool = False) -> Any:
-                """Takes the softmax of a step, and starts on the logits of the next."""
-                out, largest, total, logits = state
-                slot, following = lax.rem(step, stages), lax.rem(step + 1, stages)
-                start = (
-                    (first, refs.lists[*at, step] * columns)
-                    if masked or refs.bias is not None
-                    else None
-                )
+            def softmax(step: Any, logits: Any, largest: Any, total: Any, masked: bool) -> Any:
+                """Weights; largest and total after them; by how much those before shrink."""
+                used("k", step)
+                needed = masked or refs.bias is not None
+                start = (first, refs.lists[*at, step] * columns) if needed else None
                 x, unit = capped(form, logits, scale)
                 x, unit = biased(refs, x, unit, (b, n), start)
                 seen = allowed(form, refs, x.shape, (b, n), start) if masked else None
@@ -100,36 +100,41 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
                     x = jnp.where(seen, x, -jnp.inf)
                 new = jnp.maximum(largest, scaled(x.max(axis=1), unit))
                 # Nothing seen yet: -inf - 0 is as small as -inf - -inf ought to be.
-                bare = masked or refs.bias is not None
-                shift = jnp.where(new == -jnp.inf, 0.0, new) if bare else new
+                shift = jnp.where(new == -jnp.inf, 0.0, new) if needed else new
                 weights = jnp.exp2(scaled(x, unit) - spread(shift, x.shape))
                 shrink = jnp.exp2(largest - shift)
                 total = total * shrink + weights.sum(axis=1)
-                out = out * spread(shrink, out.shape)
-                # Nothing of the softmax may sink below the change of turns.
-                out, total, new, weights = lax.optimization_barrier(
-                    (out, total, new, weights.astype(v.dtype))
-                )
-                plgpu.barrier_wait(shared["v_ready"].at[slot])
-                products = [(out, weights, shared["v"].at[slot])]
-                products += [] if last else [(None, queries, key(step + 1))]
-                change_turns()
-                out, *logits = multiply(*products, then=change_turns)
-                plgpu.barrier_arrive(shared["v_free"].at[slot])
-                if not last:
-                    plgpu.barrier_arrive(shared["k_free"].at[following])
-                return (out, new, total, *logits)
+                found = lax.optimization_barrier((weights, new, total, shrink))
+                # A loop, past which ptxas lets nothing sink: it would else let all of this sink
+                # past the wait for the products that run meanwhile.
+                wait_for("v", step)
+                return found
 
-            first_keys = key(0)
-            pl.when(member == 1)(change_turns)
-            (logits,) = multiply((None, queries, first_keys), then=change_turns)
-            plgpu.barrier_arrive(shared["k_free"].at[0])
-            state = (zeros((rows, value_dim)), largest, total, logits)
-            whole = jnp.minimum(refs.counts[*at, 0], steps - 1)
-            state = lax.fori_loop(0, whole, lambda s, x: visit(s, x, False), state)
-            state = lax.fori_loop(whole, steps - 1, lambda s, x: visit(s, x, True), state)
-            out, largest, total = visit(steps - 1, state, True, last=True)
-            pl.when(member == 0)(change_turns)
+            def visit(step: Any, state: Any, masked: bool) -> Any:
+                """Multiplies by the values of the step before, and meanwhile takes the softmax."""
+                out, weights, largest, total = state
+                keys, values = wait_for("k", step), shared["v"].at[lax.rem(step - 1, stages)]
+                _, out, weights, largest, total, shrink = multiply(
+                    (None, queries, keys.transpose((1, 0))),
+                    (out, weights, values),
+                    early=lambda logits: softmax(step, logits, largest, total, masked),
+                    room=(zeros((rows, columns)), largest, total, total),
+                )
+                used("v", step - 1)
+                # Not narrowed earlier, since the product reads the registers of those before.
+                out = out * spread(shrink, out.shape)
+                return out, weights.astype(v.dtype), largest, total
+
+            keys = wait_for("k", 0).transpose((1, 0))
+            (logits,) = multiply((None, queries, keys))
+            weights, largest, total, _ = softmax(jnp.int32(0), logits, largest, total, True)
+            state = (zeros((rows, value_dim)), weights.astype(v.dtype), largest, total)
+            whole = jnp.clip(refs.counts[*at, 0], 1, steps)
+            state = lax.fori_loop(1, whole, lambda s, x: visit(s, x, False), state)
+            state = lax.fori_loop(whole, steps, lambda s, x: visit(s, x, True), state)
+            out, weights, largest, total = state
+            (out,) = multiply((out, weights, shared["v"].at[lax.rem(steps - 1, stages)]))
+            used("v", steps - 1)
 
             nothing = total == 0
             out = out * spread(1.0 / jnp.where(nothing, 1.0, total), out.shape)
@@ -147,7 +152,6 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
         "v": matrix(q.dtype, stages, columns, value_dim),
         "lse": plgpu.SMEM((2, rows), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=2),
-        "turn": plgpu.Barrier(num_arrivals=2),
     }
     for x in "kv":
         shared[x + "_ready"] = plgpu.Barrier(num_barriers=stages)
@@ -158,23 +162,48 @@ def attend(form: Form, inputs: Inputs) -> tuple[Array, Array]:
         jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), q.dtype),
         jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
     )
-    grid = (batch, num_heads, num_tiles)
+    size = 2 * k.shape[1] * (head_dim + value_dim) // group
+    grid = Grid(batch, num_heads, num_tiles, size)
     return launch("flash_forward", body, inputs, types_of_outs, shared, grid)
 
 
-def launch(name: str, body: Any, inputs: Inputs, out_type: Any, shared: Any, grid: Any) -> Any:
-    """Runs `body(refs of the inputs, refs of the results, shared memory)` on three groups."""
+class Grid(NamedTuple):
+    """Of a kernel: for each row of the batch and each head some tiles, which read `size` bytes."""
+
+    batch: int
+    heads: int
+    tiles: int
+    size: int
+
+    def together(self) -> int:
+        """How many heads are worked on at a time: as many as the cache holds, or as there is room.
+
+        Within them the longest tiles come first, so that short ones fill the gaps at the end.
+        """
+        total = self.batch * self.heads
+        numbers = [n for n in range(1, total + 1) if total % n == 0]
+        fit = [n for n in numbers if n * self.size <= CACHE]
+        enough = [n for n in numbers if n * self.tiles >= PROCESSORS]
+        return max(max(fit, default=1), min(enough, default=total))
+
+
+def launch(name: str, body: Any, inputs: Inputs, out_type: Any, shared: Any, grid: Grid) -> Any:
+    """Runs `body(inputs, results, shared memory, row of the batch, head, tile)` on three groups."""
     arrays, tree = jax.tree.flatten(inputs)
+    together = grid.together()
 
     def entry(*refs: Any, **scratch: Any) -> None:
-        body(tree.unflatten(refs[: len(arrays)]), refs[len(arrays) :], scratch)
+        rest, one = jnp.divmod(lax.axis_index("program"), together)
+        several, tile = jnp.divmod(rest, grid.tiles)
+        b, n = jnp.divmod(several * together + one, grid.heads)
+        body(tree.unflatten(refs[: len(arrays)]), refs[len(arrays) :], scratch, b, n, tile)
 
     return plgpu.kernel(
         entry,
         out_type=out_type,
         scratch_types=shared,
-        grid=grid,
-        grid_names=("batch", "head", "tile"),
+        grid=(grid.batch * grid.heads * grid.tiles,),
+        grid_names=("program",),
         num_threads=3,
         thread_name="member",
         kernel_name=name,
@@ -202,19 +231,33 @@ def drain(steps: Any, stages: int, *free: Any) -> None:
             plgpu.barrier_wait(barrier.at[lax.rem(step, stages)])
 
 
-def multiply(*products: Any, then: Callable[[], None] = lambda: None) -> list[Any]:
-    """Adds `a @ b` to `x` for each (x, a, b), x None being zeros, and calls `then` meanwhile."""
+def multiply(
+    *products: Any,
+    early: Callable[[Any], Any] = lambda _: (),
+    room: Sequence[Any] = (),
+) -> list[Any]:
+    """Adds `a @ b` to `x` for each (x, a, b), x None being zeros.
+
+    Args:
+        products: What to multiply.
+        early: Called with the first sum once it is there, while the others are on their way; what
+            it returns follows the sums.
+        room: Arrays of the shapes that it returns.
+    """
     if interpreted():  # its own wgmma reads no registers and sees no races
-        then()
         read = [(a if isinstance(a, jax.Array) else a[...], b[...]) for _, a, b in products]
         plgpu.commit_smem()  # the reads are of the asynchronous proxy
         fresh = [jnp.dot(a, b, preferred_element_type=jnp.float32) for a, b in read]
-        return [y if x is None else x + y for y, (x, _, _) in zip(fresh, products)]
+        sums = [y if x is None else x + y for y, (x, _, _) in zip(fresh, products)]
+        return [*sums, *early(sums[0])]
 
-    def start(sums: Any) -> None:
-        for x, (_, a, b) in zip(sums, products):
+    def start(refs: Any) -> None:
+        for x, (_, a, b) in zip(refs, products):
             plgpu.wgmma(x, a, b)
-        then()
+        if room:
+            first = plgpu.wgmma_accumulator_load(refs[0], wait_n=len(products) - 1)
+            for ref, x in zip(refs[len(products) :], early(first), strict=True):
+                ref[...] = x
 
     def fresh_sum(x: Any) -> Any:
         start([x])
@@ -224,7 +267,7 @@ def multiply(*products: Any, then: Callable[[], None] = lambda: None) -> list[An
     if len(products) == 1 and products[0][0] is None:
         return [pl.run_scoped(fresh_sum, plgpu.WGMMAAccumulatorRef(shapes[0]))]
     sums = [zeros(shape) if x is None else x for shape, (x, _, _) in zip(shapes, products)]
-    return pl.run_state(start)([plgpu.WGMMAAccumulatorRef.init(x) for x in sums])
+    return pl.run_state(start)([*map(plgpu.WGMMAAccumulatorRef.init, sums), *room])
 
 
 def interpreted() -> bool:
