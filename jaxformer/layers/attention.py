@@ -14,11 +14,17 @@ from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, with room for S in all."""
+    """Keys and values of the tokens so far, with room for S in all, or for the last S in a window.
+
+    Attributes:
+        keys: Of place p at index p, or in a window at p modulo S.
+        values: Likewise.
+        length: Tokens so far: of all rows alike, or of each row.
+    """
 
     keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
-    length: Int[Array, ""]
+    values: Float[Array, "B K S Hv"]
+    length: Int[Array, ""] | Int[Array, "B"]
 
     @classmethod
     def empty(
@@ -28,34 +34,95 @@ class KVCache(NamedTuple):
         max_length: int,
         head_dim: int,
         dtype: DTypeLike = jnp.float32,
+        *,
+        value_dim: int | None = None,
+        by_row: bool = False,
     ) -> "KVCache":
-        """Makes a cache that holds nothing yet."""
-        zeros = jnp.zeros((batch, num_kv_heads, max_length, head_dim), dtype)
-        return cls(zeros, zeros, jnp.zeros((), jnp.int32))
+        """Makes a cache that holds nothing yet, whose rows grow alike or each by itself."""
+        keys, values = (
+            jnp.zeros((batch, num_kv_heads, max_length, size), dtype)
+            for size in (head_dim, head_dim if value_dim is None else value_dim)
+        )
+        return cls(keys, values, jnp.zeros((batch,) if by_row else (), jnp.int32))
 
-    def append(self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]) -> "KVCache":
+    def append(
+        self,
+        keys: Float[Array, "B T K H"],
+        values: Float[Array, "B T K Hv"],
+        counts: Int[Array, "B"] | None = None,
+    ) -> "KVCache":
         """Writes T more tokens; past the end it writes NaN, since tracing cannot raise.
 
+        Args:
+            keys: Of the new tokens.
+            values: Likewise.
+            counts: How many of them are real in each row, for a cache by row; the others leave
+                nothing that counts. All if None.
+
         Raises:
-            ValueError: If T exceeds S.
+            ValueError: If T exceeds S and no counts say that fewer are real.
         """
         count, size = keys.shape[1], self.keys.shape[2]
-        if count > size:
+        if count > size and counts is None:
             raise ValueError(f"the cache has room for S={size} tokens, not for T={count}.")
-        bad = jnp.where(self.length + count > size, jnp.nan, 0.0).astype(self.keys.dtype)
-        start = (0, 0, self.length, 0)
+        length = self.length + (count if counts is None else counts)
+        bad = jnp.where(length > size, jnp.nan, 0.0).astype(self.keys.dtype)
+        if self.length.ndim == 0:
+            new_keys, new_values = (
+                lax.dynamic_update_slice(
+                    old, new.swapaxes(1, 2).astype(old.dtype) + bad, (0, 0, self.length, 0)
+                )
+                for old, new in ((self.keys, keys), (self.values, values))
+            )
+            return KVCache(new_keys, new_values, length)
+        places = self.length[:, None] + jnp.arange(count)[None]
+        # A row that is too long is spoilt from its first place on, so that its results show it.
+        places = jnp.where(length[:, None] > size, jnp.arange(count)[None], places)
+        rows = jnp.arange(keys.shape[0])[:, None]
         new_keys, new_values = (
-            lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype) + bad, start)
+            old.at[rows, :, places].set(
+                new.astype(old.dtype) + bad[:, None, None, None], mode="drop", unique_indices=True
+            )
             for old, new in ((self.keys, keys), (self.values, values))
         )
-        return KVCache(new_keys, new_values, self.length + count)
+        return KVCache(new_keys, new_values, length)
+
+    def places(self) -> Int[Array, "#B S"]:
+        """Which place of the text each index of a window holds; negative if none."""
+        size = self.keys.shape[2]
+        last = self.length.reshape(-1, 1) - 1
+        return last - (last - jnp.arange(size)[None]) % size
+
+    def slide(
+        self,
+        keys: Float[Array, "B T K H"],
+        values: Float[Array, "B T K Hv"],
+        counts: Int[Array, "B"] | None = None,
+    ) -> "KVCache":
+        """Writes T more tokens over those that lie S or more places before them."""
+        count = keys.shape[1]
+        length = self.length + (count if counts is None else counts)
+        after = self._replace(length=length).places()
+        source = after - self.length.reshape(-1, 1)
+        fresh = (source >= 0)[:, None, :, None]
+        source = jnp.clip(source, 0, count - 1)
+        source = jnp.broadcast_to(source, (keys.shape[0], source.shape[1]))
+        new_keys, new_values = (
+            jnp.where(fresh, _rows(new, source).swapaxes(1, 2).astype(old.dtype), old)
+            for old, new in ((self.keys, keys), (self.values, values))
+        )
+        return KVCache(new_keys, new_values, length)
+
+
+def _rows(x: Array, places: Array) -> Array:
+    return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
 
 
 # Of a whole stack: one cache whose arrays have a leading axis if it is scanned, else one a block.
 StackCache: TypeAlias = KVCache | tuple[KVCache, ...]
 
 
-def cached_length(cache: StackCache) -> Int[Array, ""]:
+def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
     """Counts the tokens in the cache of a stack, whose blocks all hold as many."""
     return cache.length[0] if isinstance(cache, KVCache) else cache[0].length
 
@@ -67,9 +134,18 @@ class SelfAttention(nn.Module):
         num_heads: N.
         num_kv_heads: K, a divisor of N; N if None.
         head_dim: H; D / N if None.
-        rotate: Turns queries and keys by their positions, as `rotary.rotate`; None for no rotation.
-        norm: Makes a norm of the channels of each head of queries and keys; None for no QK-norm.
+        rotate: Turns queries and keys by their positions, as `rope.Rope`; None for no rotation.
+        norm: Makes a norm of the channels of queries and keys; None for no QK-norm.
+        norm_whole: Whether it is of all heads' channels together, not of each head's.
         use_bias: Of the projections.
+        out_bias: Of the last one; as `use_bias` if None.
+        scale: Factor of the logits; H**-0.5 if None.
+        softcap: Bound of the logits; None for none.
+        sinks: Whether each head learns the logit of a key without a value.
+        slopes: By how much each head's logits fall with distance (ALiBi); None for not at all.
+        window: How many tokens each may look at, itself and those before; None for all. The cache
+            of such a layer rolls.
+        ahead: How many tokens after itself each may look at besides, where there is a window.
         attend: Any function with the signature of `ops.attention.attend`.
         project: The product of the projections.
         out_init: Initializer of the output kernel; zeros make the block start as the identity.
@@ -78,6 +154,7 @@ class SelfAttention(nn.Module):
         Vaswani et al. 2017, section 3.2. https://arxiv.org/abs/1706.03762
         Ainslie et al. 2023, "GQA". https://arxiv.org/abs/2305.13245
         Dehghani et al. 2023, section 2 (QK-norm). https://arxiv.org/abs/2302.05442
+        Press et al. 2022 (ALiBi). https://arxiv.org/abs/2108.12409
     """
 
     num_heads: int
@@ -85,7 +162,15 @@ class SelfAttention(nn.Module):
     head_dim: int | None = None
     rotate: Callable[[Array, Array], Array] | None = None
     norm: Callable[..., nn.Module] | None = None
+    norm_whole: bool = False
     use_bias: bool = False
+    out_bias: bool | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    slopes: tuple[float, ...] | None = None
+    window: int | None = None
+    ahead: int = 0
     attend: Callable[..., Array] = attention.attend
     project: Callable[[Array, Array], Array] = linear.project
     out_init: Callable[..., Array] = nn.initializers.lecun_normal()
@@ -99,40 +184,93 @@ class SelfAttention(nn.Module):
         positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
         bias: Float[Array, "..."] | None = None,
         cache: KVCache | None = None,
+        counts: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
         """Mixes information along T.
 
         Args:
             x: The stream.
             mask: Who may look; all at all if None, or with a cache, each at its past. With a cache
-                it is of T new tokens at all S places, and must hide those not written yet.
+                it is of T new tokens at all S places, and must hide those not written yet; a
+                window's cache takes no mask.
             positions: Place of each token for `rotate`; counted on from the cache's length, or 0.
             bias: Added to the logits; broadcasts to B N T S.
             cache: Keys and values of what came before; with it the new cache is returned too.
+            counts: How many of the T tokens are real in each row, with a cache by row.
 
         Raises:
-            ValueError: If D, N and K do not divide as they should.
+            ValueError: If D, N and K do not divide as they should, or a layer with a window has
+                slopes, or with a cache a window ahead.
         """
+        if self.window is not None and (self.slopes or (cache is not None and self.ahead)):
+            raise ValueError("a window goes with neither slopes nor, with a cache, tokens ahead.")
         heads, kv_heads, channels = _sizes(self, x.shape[-1])
         total = heads + 2 * kv_heads
         fused = Dense(total * channels, self.use_bias, project=self.project, name="qkv")(x)
-        fused = fused.reshape(*x.shape[:2], total, channels)
-        q, k, v = jnp.split(fused, [heads, heads + kv_heads], axis=2)
-        if self.norm is not None:
+        if self.norm is not None and self.norm_whole:
+            parts = (heads * channels, (heads + kv_heads) * channels)
+            q, k, v = jnp.split(fused, parts, axis=2)
             q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
+            q, k, v = (y.reshape(*x.shape[:2], -1, channels) for y in (q, k, v))
+        else:
+            fused = fused.reshape(*x.shape[:2], total, channels)
+            q, k, v = jnp.split(fused, [heads, heads + kv_heads], axis=2)
+            if self.norm is not None:
+                q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
 
-        offset = 0 if cache is None else cache.length
+        offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
         if self.rotate is not None:
-            places = offset + jnp.arange(x.shape[1]) if positions is None else positions
+            places = positions
+            if places is None:
+                steps = jnp.arange(x.shape[1])
+                places = offset + steps if offset.ndim == 0 else offset[:, None] + steps[None]
             q, k = self.rotate(q, places), self.rotate(k, places)
-        if cache is not None:
+        if self.window is not None:
+            if cache is not None:
+                k, v, mask, cache = _slid(cache, k, v, counts, self.window)
+            else:
+                window = attention.window(self.window - 1, self.ahead)
+                mask = window if mask is None else mask & window
+        elif cache is not None:
             mask = attention.causal(offset) if mask is None else mask
-            cache = cache.append(k, v)
+            cache = cache.append(k, v, counts)
             k, v = (part.swapaxes(1, 2).astype(q.dtype) for part in cache[:2])
 
-        y = self.attend(q, k, v, mask, bias=bias).reshape(*x.shape[:2], heads * channels)
-        y = Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="out")(y)
+        options = {"bias": bias}
+        if self.slopes is not None:
+            slopes = jnp.asarray(self.slopes, jnp.float32)[None, :, None, None]
+            fall = slopes * jnp.arange(k.shape[1], dtype=jnp.float32)[None, None, None]
+            options["bias"] = fall if bias is None else bias + fall
+        for name in ("scale", "softcap"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
+        if self.sinks:
+            options["sinks"] = self.param("sinks", nn.initializers.zeros, (heads,))
+        y = self.attend(q, k, v, mask, **options).reshape(*x.shape[:2], heads * channels)
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        y = Dense(x.shape[-1], out_bias, self.out_init, self.project, name="out")(y)
         return y if cache is None else (y, cache)
+
+
+def _slid(
+    cache: KVCache, k: Array, v: Array, counts: Array | None, size: int
+) -> tuple[Array, Array, Mask, KVCache]:
+    """What T new tokens look at through a window: keys, values, who may look; and the new cache."""
+    count, room = k.shape[1], cache.keys.shape[2]
+    new = cache.length.reshape(-1, 1) + jnp.arange(count)[None]
+    after = cache.slide(k, v, counts)
+    if room >= size + count - 1:  # what is overwritten is out of sight for the new ones
+        keys, values, held = after.keys, after.values, after.places()
+    else:
+        keys, values = (
+            jnp.concatenate([old.astype(x.dtype), x.swapaxes(1, 2)], axis=2)
+            for old, x in ((cache.keys, k), (cache.values, v))
+        )
+        held = jnp.concatenate([cache.places(), new], axis=1)
+    back = new[:, :, None] - held[:, None]
+    seen = (held[:, None] >= 0) & (back >= 0) & (back < size)
+    keys, values = (x.swapaxes(1, 2).astype(k.dtype) for x in (keys, values))
+    return keys, values, attention.explicit(seen[:, None]), after
 
 
 class CrossAttention(nn.Module):

@@ -43,15 +43,17 @@ class PreNorm(nn.Module):
         self,
         x: Float[Array, "*B D"],
         *args: Any,
+        onto: Float[Array, "*B D"] | None = None,
         train: bool = False,
         depth: float | Array = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """Adds the branch to `x`.
+        """Adds the branch to `x`, or to `onto`.
 
         Args:
             x: The stream.
             *args: Passed on to f, as are other keywords.
+            onto: What the branch joins in place of `x`.
             train: Drops; needs an rng named "dropout" if there is anything to drop.
             depth: Place in the stack from 0 to 1, by which `drop_path` grows.
 
@@ -65,7 +67,7 @@ class PreNorm(nn.Module):
             raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}.")
         result = self.inner(name="inner")(self.before(x), *args, **kwargs)
         y, *extra = result if isinstance(result, tuple) else (result,)
-        y = self.after(x, self.branch(y, train, depth))
+        y = self.after(x if onto is None else onto, self.branch(y, train, depth))
         return (y, *extra) if extra else y
 
     def before(self, x: Array) -> Array:
@@ -114,6 +116,55 @@ class SandwichNorm(PreNorm):
         return x + self.norm(name="norm_out")(y)
 
 
+class BranchNorm(PreNorm):
+    """`x + norm(f(x))`: the branch alone is normalised, after f.
+
+    References:
+        Team OLMo 2024, "2 OLMo 2 Furious", section 3.1. https://arxiv.org/abs/2501.00656
+    """
+
+    def before(self, x: Array) -> Array:
+        return x
+
+    def after(self, x: Array, y: Array) -> Array:
+        return x + self.norm(name="norm")(y)
+
+
+class ParallelBlock(nn.Module):
+    """`x + attention(norm(x)) + mlp(norm(x))`, each branch with a norm of its own.
+
+    Attributes:
+        attention: Makes the self-attention.
+        mlp: Makes the MLP.
+        residual: Makes the residual around each: a partial of PreNorm.
+
+    References:
+        Black et al. 2022, "GPT-NeoX-20B", section 2.1.2. https://arxiv.org/abs/2204.06745
+    """
+
+    attention: Make
+    mlp: Make
+    residual: Make = PreNorm
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Mask | None = None,
+        *,
+        train: bool = False,
+        depth: float | Array = 1.0,
+        cache: KVCache | None = None,
+        **kwargs: Any,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
+        """Passes the stream through; takes what `Block` takes, but no context."""
+        drop = {"train": train, "depth": depth}
+        y = self.residual(self.attention, name="attention")(x, mask, cache=cache, **kwargs, **drop)
+        y, *caches = y if cache is not None else (y,)
+        y = self.residual(self.mlp, name="mlp")(x, onto=y, **drop)
+        return (y, *caches) if caches else y
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention if there is one, and an MLP, each inside a residual.
 
@@ -135,14 +186,16 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         mask: Mask | None = None,
         *,
-        bias: Float[Array, "..."] | None = None,
         context: Float[Array, "B S C"] | None = None,
         context_mask: Mask | None = None,
         cache: KVCache | None = None,
         train: bool = False,
         depth: float | Array = 1.0,
+        **kwargs: Any,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
         """Passes the stream through; with a cache the new cache is returned too.
+
+        What is not named goes to the self-attention: `bias`, `positions`, `counts`.
 
         Raises:
             ValueError: If there is cross-attention but no context, or the other way round.
@@ -151,7 +204,7 @@ class Block(nn.Module):
             raise ValueError("a block needs a context if it has cross-attention, and only then.")
         drop = {"train": train, "depth": depth}
         residual = self.residual(self.attention, name="attention")
-        x = residual(x, mask, bias=bias, cache=cache, **drop)
+        x = residual(x, mask, cache=cache, **kwargs, **drop)
         x, *caches = x if cache is not None else (x,)
         if self.cross is not None:
             x = self.residual(self.cross, name="cross")(x, context, context_mask, **drop)

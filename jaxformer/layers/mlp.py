@@ -1,5 +1,6 @@
 """The position-wise half of a Transformer block."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -8,6 +9,21 @@ from flax import linen as nn
 from jaxformer.layers.linear import Dense
 from jaxformer.ops import activations, linear
 from jaxformer.typing import Array, Float
+
+
+class XIELU(nn.Module):
+    """`activations.xielu` with its two learned numbers."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Applies it to each element."""
+        positive = self.param("positive", nn.initializers.constant(_softplus_inverse(0.8)), ())
+        negative = self.param("negative", nn.initializers.constant(_softplus_inverse(0.3)), ())
+        return activations.xielu(x, positive, negative)
+
+
+def _softplus_inverse(y: float) -> float:
+    return math.log(math.expm1(y))
 
 
 class MLP(nn.Module):

@@ -11,13 +11,18 @@ class RMSNorm(nn.Module):
 
     Attributes:
         epsilon: Added to the mean square.
+        plus_one: Scales by 1 + w rather than by w, as Gemma does.
     """
 
     epsilon: float = 1e-6
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
+        if self.plus_one:
+            scale = 1 + self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+            return norms.rms_norm(x, scale, epsilon=self.epsilon)
         return norms.rms_norm(x, *_parameters(self, x, use_bias=False), epsilon=self.epsilon)
 
 

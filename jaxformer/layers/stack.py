@@ -1,6 +1,7 @@
 """Many blocks, one after the other."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +23,15 @@ class Stack(nn.Module):
     blocks are told runs from 0 to 1; an only block is told 1.
 
     Attributes:
-        block: Makes a block, called with the arguments of `layers.block.Block`.
+        block: Makes a block, called with the arguments of `layers.block.Block`; or a maker for each
+            layer, which cannot be scanned.
         num_layers: Blocks.
         scan: Scans; parameters and caches then have a leading axis of `num_layers`.
         remat: Keeps only what enters each block for the backward pass, and computes the rest again.
         policy: What remat may keep besides, from `jax.checkpoint_policies`.
     """
 
-    block: Make
+    block: Make | tuple[Make, ...]
     num_layers: int
     scan: bool = False
     remat: bool = False
@@ -55,25 +57,35 @@ class Stack(nn.Module):
         """
         if cache is not None:
             _check_cache(cache, self.num_layers, self.scan)
+        makers = self.block if isinstance(self.block, tuple) else (self.block,) * self.num_layers
+        if len(makers) != self.num_layers or (self.scan and isinstance(self.block, tuple)):
+            raise ValueError(
+                f"{len(makers)} kinds of blocks for {self.num_layers} layers, {self.scan=}: a maker"
+                " for each layer is needed, or one for all; only that one can be scanned."
+            )
 
         def body(block: nn.Module, x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
             depth, cache = layer
             y = block(x, *args, cache=cache, depth=depth, **kwargs)
-            return y if cache is not None else (y, None)
+            y, cache = y if cache is not None else (y, None)
+            block.sow("intermediates", "stream", y)
+            return y, cache
 
         if self.remat:
             body = nn.remat(body, prevent_cse=not self.scan, policy=self.policy)
         depths = np.linspace(1.0, 0.0, self.num_layers, dtype=np.float32)[::-1]
         if self.scan:
             scanned = nn.scan(
-                body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}
+                body,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
             )
-            x, caches = scanned(self.block(name="layers"), x, (jnp.asarray(depths), cache))
+            x, caches = scanned(makers[0](name="layers"), x, (jnp.asarray(depths), cache))
         else:
             each = [None] * self.num_layers if cache is None else cache
             new = []
             for i, layer in enumerate(zip(depths.tolist(), each)):
-                x, updated = body(self.block(name=f"layers_{i}"), x, layer)
+                x, updated = body(makers[i](name=f"layers_{i}"), x, layer)
                 new.append(updated)
             caches = tuple(new)
         return x if cache is None else (x, caches)
@@ -84,15 +96,26 @@ def empty_cache(
     scan: bool,
     batch: int,
     num_kv_heads: int,
-    max_length: int,
+    max_length: int | Sequence[int],
     head_dim: int,
     dtype: DTypeLike = jnp.float32,
+    *,
+    value_dim: int | None = None,
+    by_row: bool = False,
 ) -> StackCache:
-    """Makes an empty cache for every block of a Stack; the later sizes are those of one KVCache."""
-    one = KVCache.empty(batch, num_kv_heads, max_length, head_dim, dtype)
-    if scan:
-        return jax.tree.map(lambda x: jnp.stack([x] * num_layers), one)
-    return (one,) * num_layers
+    """Makes an empty cache for every block of a Stack; the later sizes are those of one KVCache.
+
+    Raises:
+        ValueError: If layers that are scanned have caches of several lengths.
+    """
+    rooms = [max_length] * num_layers if isinstance(max_length, int) else list(max_length)
+    one = functools.partial(KVCache.empty, value_dim=value_dim, by_row=by_row)
+    made = tuple(one(batch, num_kv_heads, room, head_dim, dtype) for room in rooms)
+    if not scan:
+        return made
+    if len(set(rooms)) > 1:
+        raise ValueError(f"scanned layers have caches of one length, got {rooms}.")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
 
 def stack_parameters(parameters: PyTree) -> PyTree:
@@ -123,7 +146,7 @@ def unstack_parameters(parameters: PyTree) -> PyTree:
 
 def _check_cache(cache: StackCache, num_layers: int, scan: bool) -> None:
     stacked = isinstance(cache, KVCache)
-    count = cache.length.size if stacked else len(cache)
+    count = len(cache.length) if stacked else len(cache)
     if stacked != scan or count != num_layers:
         raise ValueError(
             f"a stack with {num_layers=} and {scan=} was given the cache of one with "

@@ -1,23 +1,51 @@
 """A decoder-only language model: each token's logits depend on the tokens up to it."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import StackCache, cached_length
+from jaxformer.layers.attention import KVCache, StackCache, cached_length
 from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
-from jaxformer.layers.norms import RMSNorm
 from jaxformer.models.transformer import TransformerConfig, empty_cache, stack
-from jaxformer.ops import attention
+from jaxformer.ops import attention, positions
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
+
+
+class DecoderCache(NamedTuple):
+    """What a decoder remembers of each row; rows grow each by itself."""
+
+    blocks: StackCache
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Tokens so far."""
+        return cached_length(self.blocks)
+
+    def select(self, rows: Int[Array, "R"]) -> "DecoderCache":
+        """Takes rows of the batch, in any order and number."""
+        axis = 1 if isinstance(self.blocks, KVCache) else 0
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), self)
+
+    def rewind(self, lengths: Int[Array, "B"]) -> "DecoderCache":
+        """Forgets the tokens from `lengths` on; in layers with a window, 15 tokens at most."""
+
+        def shorter(cache: KVCache) -> KVCache:
+            return cache._replace(length=jnp.broadcast_to(lengths, cache.length.shape))
+
+        if isinstance(self.blocks, KVCache):
+            return DecoderCache(shorter(self.blocks))
+        return DecoderCache(tuple(map(shorter, self.blocks)))
 
 
 class Decoder(nn.Module):
     """Embedding, causal blocks, norm, logits.
 
     Attributes:
-        config: Sizes.
+        config: Sizes and choices.
     """
 
     config: TransformerConfig
@@ -25,19 +53,27 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.embed = Embed(config.vocab_size, config.width)
+        if config.positions == "learned":
+            rows = config.max_length + config.position_offset
+            self.places = Embed(rows, config.width)
+        if config.embed_norm:
+            self.norm_in = config.make_norm()()
         self.blocks = stack(config, cross=False, name="blocks")
-        self.norm = RMSNorm()
+        if config.final_norm:
+            self.norm = config.make_norm()()
         if not config.tie_embeddings:
-            self.head = Dense(config.vocab_size)
+            self.head = Dense(config.vocab_size, config.head_bias)
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: StackCache | None = None,
+        cache: DecoderCache | None = None,
         *,
         mask: Mask | None = None,
+        positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
+        counts: Int[Array, "B"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache]:
         """Predicts what follows each token.
 
         Args:
@@ -45,19 +81,74 @@ class Decoder(nn.Module):
             cache: From `empty_cache`; with it the new cache is returned too.
             mask: Narrows who may look, besides causality: segments, windows, key lengths. With a
                 cache it is of the T new tokens at all places of the cache.
+            positions: Place of each token; counted on from the cache's length, or 0.
+            counts: With a cache, how many of the T tokens of each row are real; the logits of the
+                others mean nothing, and they leave no trace. All if None.
             train: Turns dropout on; needs an rng named "dropout".
+
+        Raises:
+            ValueError: If the text is longer than the table of learned positions.
         """
-        causal = attention.causal(0 if cache is None else cached_length(cache))
-        mask = causal if mask is None else causal & mask
-        x = self.blocks(self.embed(tokens), mask, cache=cache, train=train)
-        x, *caches = x if cache is not None else (x,)
-        x = self.norm(x)
-        logits = self.embed.logits(x) if self.config.tie_embeddings else self.head(x)
-        return (logits, *caches) if caches else logits
+        x = self.embedded(tokens, cache, positions)
+        if cache is None:
+            causal = attention.causal()
+            mask = causal if mask is None else causal & mask
+            x = self.blocks(x, mask, positions=positions, train=train)
+            return self.logits(x)
+        causal = attention.causal(cache.length)
+        x, blocks = self.blocks(
+            x,
+            causal if mask is None else causal & mask,
+            cache=cache.blocks,
+            positions=positions,
+            counts=counts,
+            train=train,
+        )
+        return self.logits(x), DecoderCache(blocks)
+
+    def embedded(
+        self, tokens: Array, cache: DecoderCache | None, places: Array | None
+    ) -> Float[Array, "B T D"]:
+        """What the first block reads."""
+        config, length = self.config, tokens.shape[1]
+        x = self.embed(tokens)
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        if config.positions in ("learned", "sinusoidal") and places is None:
+            places = jnp.arange(length)
+            if cache is not None:
+                places = cache.length[:, None] + places[None]
+        if config.positions == "learned":
+            if length > config.max_length:
+                raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
+            learned = self.places(places + config.position_offset)
+            x = x + (learned if learned.ndim == 3 else learned[None])
+        elif config.positions == "sinusoidal":
+            waves = positions.sinusoidal(places, config.width, dtype=x.dtype)
+            x = x + (waves if waves.ndim == 3 else waves[None])
+        return self.norm_in(x) if config.embed_norm else x
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores the next token from what the last block wrote."""
+        config = self.config
+        if config.final_norm:
+            x = self.norm(x)
+            self.sow("intermediates", "normed", x)
+        logits = self.embed.logits(x) if config.tie_embeddings else self.head(x)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return logits
 
     @nn.nowrap
     def empty_cache(
         self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32
-    ) -> StackCache:
-        """Makes a cache for `batch` rows of up to `max_length` tokens."""
-        return empty_cache(self.config, batch, max_length, dtype)
+    ) -> DecoderCache:
+        """Makes a cache for `batch` rows of up to `max_length` tokens.
+
+        Raises:
+            ValueError: If that is more than the table of learned positions has.
+        """
+        bound = self.config.max_length
+        if bound and max_length > bound:
+            raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
+        return DecoderCache(empty_cache(self.config, batch, max_length, dtype, by_row=True))

@@ -49,6 +49,30 @@ def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
+def xielu(
+    x: Float[Array, "..."], positive: Float[Array, ""], negative: Float[Array, ""]
+) -> Float[Array, "..."]:
+    """`a x² + x / 2` for x > 0, else `b (expm1(x) - x) + x / 2`, with learned a > 0 and b > 1 / 2.
+
+    Args:
+        x: Anything.
+        positive: The number whose softplus is a.
+        negative: The number whose softplus is b - 1 / 2.
+
+    References:
+        Huang and Schlag 2024, "Deriving activation functions using integration" (xIELU), as in the
+        code of Apertus, which bounds x at -1e-6 inside expm1. https://arxiv.org/abs/2411.13010
+    """
+
+    def f(x: Array) -> Array:
+        a = jax.nn.softplus(positive.astype(x.dtype))
+        b = 0.5 + jax.nn.softplus(negative.astype(x.dtype))
+        below = (jnp.expm1(jnp.minimum(x, -1e-6)) - x) * b
+        return jnp.where(x > 0, a * x * x, below) + 0.5 * x
+
+    return _in_float32(f, x)
+
+
 def glu(gate: Float[Array, "*B F"], value: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """`sigmoid(gate) * value`: the first of the gated units, with an activation on one factor.
 

@@ -74,12 +74,17 @@ def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
         Press et al. 2022, "Train short, test long", section 3; the rule for other N is that of
         the authors' code. https://arxiv.org/abs/2108.12409
     """
+    return jnp.array(alibi_slope_list(num_heads), jnp.float32)
+
+
+def alibi_slope_list(num_heads: int) -> tuple[float, ...]:
+    """The numbers of `alibi_slopes`, as Python has them."""
     if num_heads < 1:
         raise ValueError(f"alibi_slopes needs at least one head, got N={num_heads}.")
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2.0 ** (-4 * (head + 1) / power) for head in range(0, 2 * power, 2)]
-    return jnp.array((slopes + between)[:num_heads], jnp.float32)
+    return tuple((slopes + between)[:num_heads])
 
 
 def alibi_bias(

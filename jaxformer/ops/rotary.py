@@ -10,6 +10,9 @@ def rotate(
     positions: Int[Array, "B T"] | Int[Array, "T"],
     theta: float = 10_000.0,
     interleaved: bool = False,
+    *,
+    frequencies: Float[Array, "P"] | None = None,
+    gain: float = 1.0,
 ) -> Float[Array, "B T N H"]:
     """Turns each pair of channels by an angle linear in position.
 
@@ -23,29 +26,39 @@ def rotate(
         positions: Token index of each row; need not start at 0. With rank 1, the same in every row.
         theta: Ratio base of the wavelengths, which run from 2π to 2π·theta.
         interleaved: Pairs neighbours, as the paper does, rather than halves.
+        frequencies: Radians a token of each pair, in place of those of `theta`. If there are fewer
+            than H / 2, only the first channels turn, two for each.
+        gain: Factor of the channels that turn.
 
     Returns:
         An array with the shape and dtype of `x`.
 
     Raises:
-        ValueError: If H is odd, `theta` is not positive, or `positions` do not fit B and T.
+        ValueError: If H is odd, `theta` is not positive, `positions` do not fit B and T, or there
+            are more frequencies than pairs.
 
     References:
         Su et al. 2021, "RoFormer", eq. 34. https://arxiv.org/abs/2104.09864
         (the paper pairs neighbours; half-split is the form of GPT-NeoX and LLaMA checkpoints).
     """
     head_dim = x.shape[-1]
-    if head_dim % 2:
-        raise ValueError(f"rotate needs an even head size H, got H={head_dim}.")
-    angle = _angle(_rows("positions", positions, x, 1), head_dim, theta)[:, :, None]
-
-    x32 = x.astype(jnp.float32)
+    if frequencies is None:
+        if head_dim % 2:
+            raise ValueError(f"rotate needs an even head size H, got H={head_dim}.")
+        frequencies = _frequencies(head_dim, theta)
+    channels = 2 * frequencies.shape[0]
+    if channels > head_dim:
+        raise ValueError(f"{channels // 2} frequencies are too many for H={head_dim}.")
+    angle = _angle(_rows("positions", positions, x, 1), frequencies)[:, :, None]
+    x32, rest = x[..., :channels].astype(jnp.float32), x[..., channels:]
     if interleaved:
-        y = jnp.stack(_turn(x32[..., ::2], x32[..., 1::2], angle), axis=-1).reshape(x.shape)
+        y = jnp.stack(_turn(x32[..., ::2], x32[..., 1::2], angle, gain), axis=-1)
+        y = y.reshape(x32.shape)
     else:
         left, right = jnp.split(x32, 2, axis=-1)
-        y = jnp.concatenate(_turn(left, right, angle), axis=-1)
-    return y.astype(x.dtype)
+        y = jnp.concatenate(_turn(left, right, angle, gain), axis=-1)
+    y = y.astype(x.dtype)
+    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
 
 
 def rotate_axial(
@@ -79,7 +92,8 @@ def rotate_axial(
         raise ValueError(
             f"rotate_axial needs H to be a multiple of 2·A, got H={head_dim}, A={axes}."
         )
-    angle = _angle(_rows("coordinates", coordinates, x, 2), head_dim // axes, theta)[:, :, None]
+    frequencies = _frequencies(head_dim // axes, theta)
+    angle = _angle(_rows("coordinates", coordinates, x, 2), frequencies)[:, :, None]
     shares = x.astype(jnp.float32).reshape(*x.shape[:-1], axes, 2, -1)
     turned = _turn(shares[..., 0, :], shares[..., 1, :], angle)
     return jnp.stack(turned, axis=-2).reshape(x.shape).astype(x.dtype)
@@ -122,15 +136,20 @@ def _rows(name: str, positions: Array, x: Array, rank: int) -> Array:
     return rows
 
 
-def _angle(positions: Array, head_dim: int, theta: float) -> Array:
+def _frequencies(head_dim: int, theta: float) -> Array:
     if theta <= 0:
         raise ValueError(f"rotary positions need theta > 0, got {theta=}.")
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return jnp.expand_dims(positions, -1).astype(jnp.float32) * frequency.reshape(
+    return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def _angle(positions: Array, frequencies: Array) -> Array:
+    return jnp.expand_dims(positions, -1).astype(jnp.float32) * frequencies.reshape(
         (1,) * positions.ndim + (-1,)
     )
 
 
-def _turn(first: Array, second: Array, angle: Array) -> tuple[Array, Array]:
+def _turn(first: Array, second: Array, angle: Array, gain: float = 1.0) -> tuple[Array, Array]:
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if gain != 1.0:
+        cos, sin = cos * gain, sin * gain
     return first * cos - second * sin, second * cos + first * sin

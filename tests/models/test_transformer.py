@@ -7,6 +7,7 @@ import pytest
 
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
+from jaxformer.ops.rope import Rope
 
 CONFIG = TransformerConfig(7, 6, 2, num_heads=4, num_kv_heads=2, head_dim=2, hidden=5)
 TOKENS = jnp.zeros((1, 3), int)
@@ -18,7 +19,6 @@ CHANGES = {
     "num_kv_heads": 1,
     "head_dim": 4,
     "hidden": 3,
-    "theta": 100.0,
     "qk_norm": True,
     "dropout": 0.1,
     "drop_path": 0.1,
@@ -26,6 +26,35 @@ CHANGES = {
     "tie_embeddings": False,
     "scan": True,
     "remat": True,
+    "norm": "layer",
+    "epsilon": 1e-3,
+    "order": "post",
+    "final_norm": False,
+    "positions": "none",
+    "max_length": 9,
+    "position_offset": 2,
+    "rope": Rope(interleaved=True),
+    "local_rope": Rope(interleaved=True),
+    "windows": (2, None),
+    "activation": "gelu",
+    "gated": False,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "head_bias": True,
+    "scale": 0.3,
+    "softcap": 2.0,
+    "logit_softcap": 2.0,
+    "sinks": True,
+    "embed_scale": 2.0,
+    "embed_norm": True,
+}
+# What must be chosen too for a field to matter.
+WITH = {
+    "max_length": {"positions": "learned", "max_length": 8},
+    "position_offset": {"positions": "learned", "max_length": 8},
+    "local_rope": {"windows": (2, None)},
+    "head_bias": {"tie_embeddings": False},
 }
 
 
@@ -40,7 +69,9 @@ def test_equal_configs_give_the_same_program(program, plain):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CONFIG)])
 def test_every_field_is_read(program, plain, field):
-    changed = dataclasses.replace(CONFIG, **{field: CHANGES[field]})
+    if field in WITH:
+        plain = program(Decoder(dataclasses.replace(CONFIG, **WITH[field])), TOKENS)
+    changed = dataclasses.replace(CONFIG, **WITH.get(field, {}) | {field: CHANGES[field]})
     assert program(Decoder(changed), TOKENS) != plain
 
 
