@@ -1,17 +1,101 @@
 """Writing sequences token by token: one loop with a cache, around any next-token model."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxformer.generation import loop, stops
+from jaxformer.generation.loop import Cache, Decode
 from jaxformer.generation.samplers import Sample
-from jaxformer.typing import Array, Bool, Float, Int, Key
+from jaxformer.generation.stops import Stop
+from jaxformer.typing import Array, Float, Int, Key
 
-Cache = Any
-Decode = Callable[[Int[Array, "B T"], Cache], tuple[Float[Array, "B T V"], Cache]]
+
+class Completion(NamedTuple):
+    """Prompts and what was written after them.
+
+    Attributes:
+        tokens: Each row's own prompt, its new tokens, then `pad` to the end.
+        lengths: Tokens of each row, prompt and new ones; the stop that ended it is among them.
+        log_probs: Of each new token, under the model's own distribution, before any filter; 0 past
+            the row's end. In nats.
+        cache: Of prompts of given lengths, it holds all of each row but its last new token.
+    """
+
+    tokens: Int[Array, "B L"]
+    lengths: Int[Array, "B"]
+    log_probs: Float[Array, "B N"]
+    cache: Cache
+
+
+def complete(
+    decode: Decode,
+    cache: Cache,
+    prompt: Int[Array, "B P"],
+    *,
+    steps: int,
+    sample: Sample,
+    key: Key[Array, ""] | Key[Array, "B"],
+    prompt_lengths: Int[Array, "B"] | None = None,
+    limits: Int[Array, "B"] | None = None,
+    stop: Stop = None,
+    pad: int = 0,
+) -> Completion:
+    """Continues every prompt by up to `steps` tokens.
+
+    All prompts go through the model in one call, then every row continues at its own place: the
+    model is called `steps` times, or fewer if every row ends before. A row ends when what was
+    written, without the prompt, ends with a stop, or at its limit.
+
+    With one key, the n-th new token of all rows is drawn with `fold_in(key, P + n)`, n from 0:
+    the key of a token is its position where all prompts have P tokens. With a key for each row, a
+    row's token at position t is drawn with `fold_in(key[row], t)` from its logits alone, so a row
+    depends neither on the others in its batch nor on the padding.
+
+    A pure function, traced anew on each call, so compile it with what changes as arguments; other
+    lengths, limits, keys or prompts of the same shape then compile nothing:
+
+        @jax.jit
+        def write(params, cache, prompt, lengths, limits, key):
+            decode = lambda *args: model.apply(params, *args)
+            return complete(decode, cache, prompt, steps=256, sample=sampler(top_p=0.9), key=key,
+                            prompt_lengths=lengths, limits=limits, stop=(end, (newline, newline)))
+
+    Args:
+        decode: The model, `decode(tokens, cache, counts)` as in `generation.loop`. Without
+            `prompt_lengths` it is called without `counts`, and rows that have ended are fed `pad`.
+        cache: Empty, or of what came before, with room for P + `steps` - 1 more tokens.
+        prompt: Tokens, padded on the right with anything; P is 1 or more.
+        steps: The most new tokens a row can have, 0 or more.
+        sample: From `samplers`, or any function of a key and the logits of the next token.
+        key: A typed key, or one for each row.
+        prompt_lengths: Tokens of each row's prompt, from 1 to P; by default all have P.
+        limits: New tokens that each row may have, if fewer than `steps`.
+        stop: Tokens, or sequences of tokens, as `stops.sequences` reads them. They are kept.
+        pad: Token that fills up rows.
+
+    Returns:
+        Tokens of the dtype of `prompt`, P + `steps` a row, and what is known about them.
+
+    Raises:
+        ValueError: If P or `steps`, a known length or limit is outside its range, a stop is empty,
+            or a prompt is known not to fit in the cache.
+    """
+    lengths, left = loop.prepare((cache,), prompt, prompt_lengths, steps, limits)
+    rules = loop.Rules(sample, stops.sequences(stop), pad, ragged=prompt_lengths is not None)
+    if steps == 0:
+        nothing = jnp.zeros((prompt.shape[0], 0), prompt.dtype)
+        tokens = loop.join(prompt, lengths, nothing, left, pad)
+        return Completion(tokens, lengths, nothing.astype(jnp.float32), cache)
+    state, token, score = loop.start(decode, cache, prompt, lengths, left, key, rules)
+    state, tokens, scores = loop.run(decode, state, steps - 1, rules)
+    new = jnp.concatenate([token[:, None], tokens], axis=1)
+    return Completion(
+        loop.join(prompt, lengths, new, state.drawn, pad),
+        lengths + state.drawn,
+        jnp.concatenate([score[:, None], scores], axis=1),
+        state.cache,
+    )
 
 
 def generate(
@@ -21,106 +105,22 @@ def generate(
     *,
     steps: int,
     sample: Sample,
-    key: Key[Array, ""],
+    key: Key[Array, ""] | Key[Array, "B"],
     prompt_lengths: Int[Array, "B"] | None = None,
-    prefix: int | None = None,
-    stop: int | None = None,
+    limits: Int[Array, "B"] | None = None,
+    stop: Stop = None,
     pad: int = 0,
 ) -> Int[Array, "B P+{steps}"]:
-    """Continues every prompt by up to `steps` tokens.
-
-    Each row of the result is the row's own prompt, then its new tokens, then `pad` to the end:
-    `steps` new ones, or fewer where `stop` was drawn, which is the row's last. A `stop` inside a
-    prompt ends nothing.
-
-    The first `prefix` columns go through the model in one call, the rest one token at a time,
-    all rows at the same position: a row still inside its prompt takes the prompt's token, the
-    others draw theirs. The token at position `t` is drawn with `fold_in(key, t)`, so the result
-    repeats and depends on `prefix` in speed only. The loop ends as soon as every row has.
-
-    A pure function, traced anew on each call, so compile it with what changes as arguments:
-
-        @jax.jit
-        def write(params, cache, prompt, key):
-            decode = lambda tokens, cache: model.apply(params, tokens, cache)
-            return generate(decode, cache, prompt, steps=195, sample=sampler(), key=key)
-
-    Args:
-        decode: Takes the next T tokens of every row and the cache of all before them; returns
-            the logits after each and the new cache, which alone knows the position.
-        cache: An empty cache with room for P + `steps` - 1 tokens.
-        prompt: Tokens, padded on the right with anything; P is 1 or more.
-        steps: New tokens a row, 0 or more.
-        sample: From `samplers`, or any function of a key and the logits of the next token.
-        key: A typed key.
-        prompt_lengths: Tokens of each row's prompt, from 1 to P; by default all have P.
-        prefix: Columns that are inside every row's prompt: at most the smallest length, which
-            is checked where the lengths are known at tracing. By default P if all prompts have
-            that length, and 1 if not, since a compiled shape cannot depend on their values.
-        stop: Token after which a row is finished.
-        pad: Token that fills finished rows; the model sees it there, so it must be a token.
-
-    Returns:
-        Tokens of the dtype of `prompt`.
-
-    Raises:
-        ValueError: If P, `steps`, `prefix` or a known prompt length is outside its range.
-    """
-    batch, width = prompt.shape
-    lengths = jnp.full(batch, width) if prompt_lengths is None else jnp.asarray(prompt_lengths)
-    if prefix is None:
-        prefix = width if prompt_lengths is None else 1
-    _check(width, steps, prefix, lengths)
-    columns = jnp.arange(width + steps)
-    tokens = jnp.pad(prompt, ((0, 0), (0, steps)))
-    tokens = jnp.where(columns[None] < lengths[:, None], tokens, pad)
-
-    def choose(
-        position: Int[Array, ""],
-        logits: Float[Array, "B V"],
-        tokens: Int[Array, "B L"],
-        done: Bool[Array, "B"],
-    ) -> tuple[Int[Array, "B L"], Bool[Array, "B"]]:
-        drawn = sample(jax.random.fold_in(key, position), logits).astype(tokens.dtype)
-        new = (position >= lengths) & ~done
-        token = jnp.where(new, drawn, tokens[:, position])
-        if stop is not None:
-            done |= new & (token == stop)
-        done |= position + 1 >= lengths + steps
-        return tokens.at[:, position].set(token), done
-
-    def advance(state: tuple) -> tuple:
-        position, cache, tokens, done = state
-        last = jax.lax.dynamic_slice_in_dim(tokens, position - 1, 1, axis=1)
-        logits, cache = decode(last, cache)
-        return position + 1, cache, *choose(position, logits[:, -1], tokens, done)
-
-    def unfinished(state: tuple) -> Bool[Array, ""]:
-        position, _, _, done = state
-        return (position < width + steps) & ~done.all()
-
-    if steps == 0:
-        return tokens
-    logits, cache = decode(tokens[:, :prefix], cache)
-    tokens, done = choose(jnp.asarray(prefix), logits[:, -1], tokens, jnp.zeros(batch, bool))
-    return jax.lax.while_loop(unfinished, advance, (jnp.asarray(prefix + 1), cache, tokens, done))[
-        2
-    ]
-
-
-def _check(width: int, steps: int, prefix: int, lengths: Int[Array, "B"]) -> None:
-    if width < 1:
-        raise ValueError(f"generate needs a prompt of at least one token, got P={width}.")
-    if steps < 0:
-        raise ValueError(f"generate needs steps >= 0, got steps={steps}.")
-    if not 1 <= prefix <= width:
-        raise ValueError(f"prefix must lie between 1 and P={width}, got prefix={prefix}.")
-    try:
-        known = np.asarray(lengths)
-    except jax.errors.TracerArrayConversionError:
-        return
-    for row, length in enumerate(known):
-        if not prefix <= length <= width:
-            raise ValueError(
-                f"prompt_lengths[{row}]={length} is not between prefix={prefix} and P={width}."
-            )
+    """Returns the tokens of `complete`, alone."""
+    return complete(
+        decode,
+        cache,
+        prompt,
+        steps=steps,
+        sample=sample,
+        key=key,
+        prompt_lengths=prompt_lengths,
+        limits=limits,
+        stop=stop,
+        pad=pad,
+    ).tokens

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,14 +32,14 @@ class MLP(nn.Module):
 
     Attributes:
         hidden: F.
-        activation: Any elementwise function.
+        activation: Any elementwise function, or the class of a module that is one.
         use_bias: Of both maps.
         project: The product of both maps.
         out_init: Initializer of the second kernel; zeros make the block start as the identity.
     """
 
     hidden: int
-    activation: Callable[[Array], Array] = activations.gelu
+    activation: Callable[[Array], Array] | type[nn.Module] = activations.gelu
     use_bias: bool = False
     project: Callable[[Array, Array], Array] = linear.project
     out_init: Callable[..., Array] = nn.initializers.lecun_normal()
@@ -48,7 +49,10 @@ class MLP(nn.Module):
         """Maps every position alike."""
         up = Dense(self.hidden, self.use_bias, project=self.project, name="up")
         down = Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="down")
-        return down(self.activation(up(x)))
+        activation: Any = self.activation
+        if isinstance(activation, type):
+            activation = activation(name="activation")
+        return down(activation(up(x)))
 
 
 class GatedMLP(nn.Module):

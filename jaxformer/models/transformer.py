@@ -225,7 +225,7 @@ def attention(config: TransformerConfig, layer: int) -> Make:
 def mlp(config: TransformerConfig) -> Make:
     """What makes the MLP of a block."""
     if config.activation == "xielu":
-        activation: Any = XIELU()
+        activation: Any = XIELU
     else:
         activation = ACTIVATIONS[config.activation]
     if config.gated:

@@ -1,0 +1,69 @@
+"""The architectures that are known, by the `model_type` of `config.json`."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from jaxformer.interop.rules import Rule
+from jaxformer.interop.settings import Settings
+
+# Where each is; in the order in which `save` asks who can say what a model's config says.
+MODULES = {
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "bloom": "bloom",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "olmo2": "llama",
+    "apertus": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How an architecture is written down.
+
+    Attributes:
+        model_type: Its name in `config.json`.
+        architecture: The name of its class in transformers.
+        model: Makes the model of a config.
+        read: Makes the config of settings.
+        write: Makes the settings of a config.
+        rules: The parameters of a config.
+        example: Arguments of `model.init`, as shapes and dtypes.
+        prefix: What the names of tensors start with that a checkpoint of the bare model lacks.
+        tied: Tensors that a checkpoint may have though they are tied to another one: name of the
+            one and of the other.
+        unused: Patterns of tensors that say nothing of what the model computes.
+    """
+
+    model_type: str
+    architecture: str
+    model: Callable[[Any], nn.Module]
+    read: Callable[[Settings], Any]
+    write: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any], Sequence[Rule]]
+    example: tuple[tuple[int, ...], ...] = ((1, 1),)
+    prefix: str = "model."
+    tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
+    unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+
+def family(model_type: str, where: str) -> Family:
+    """Finds an architecture.
+
+    Raises:
+        ValueError: If it is not known.
+    """
+    if model_type not in MODULES:
+        raise ValueError(f"{where}: model_type={model_type!r} is not known; {[*MODULES]} are.")
+    module = importlib.import_module(f"jaxformer.interop.{MODULES[model_type]}")
+    return module.FAMILIES[model_type]

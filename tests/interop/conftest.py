@@ -1,0 +1,92 @@
+"""Tiny models of transformers, scrambled, beside ours."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from jaxformer.interop import checkpoint, families
+from jaxformer.interop.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def original():
+    """Makes a model of transformers from the name of its class and settings, scrambled."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+
+    def made(architecture, seed=0, scale=1.0, **settings):
+        kind = getattr(transformers, architecture)
+        settings = {"attn_implementation": "eager"} | settings
+        config = kind.config_class(**settings)
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+        random = np.random.default_rng(seed)
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                size = scale * (0.5 if x.ndim < 2 else x.shape[-1] ** -0.5)
+                noise = torch.tensor(size * random.standard_normal(x.shape), dtype=x.dtype)
+                centre = 1.0 if "norm" in name and name.endswith("weight") and x.ndim == 1 else 0.0
+                x.copy_(noise + centre)
+        return model
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory, original):
+    """The same model, ours by way of a folder: original, our model, our parameters, the folder."""
+
+    def pair(architecture, change=lambda settings: None, **settings):
+        model = original(architecture, **settings)
+        folder = tmp_path_factory.mktemp("hf")
+        model.save_pretrained(folder)
+        ours, params = checkpoint.load(folder)
+        return model, ours, params, folder
+
+    return pair
+
+
+@pytest.fixture(scope="session")
+def rules_of():
+    """The rules of a checkpoint's folder."""
+
+    def rules(folder):
+        settings = Settings.read(folder)
+        kind = families.family(settings.take("model_type"), "")
+        return kind.rules(kind.read(settings))
+
+    return rules
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Checks that numbers differ by at most 1e-5 of the largest."""
+
+    def check(one, other, what, tolerance=1e-5):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert one.shape == other.shape, (what, one.shape, other.shape)
+        error, size = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
+        assert error <= tolerance * size, (what, error / size)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def gradients(rules_of):
+    """The gradients of a model of transformers, in our layout."""
+
+    def found(model, folder):
+        grads = {
+            name: np.zeros(x.shape, np.float32) if x.grad is None else x.grad.numpy()
+            for name, x in model.named_parameters()
+        }
+        return {
+            rule.ours: rule.take([grads[name] for name in rule.theirs]) for rule in rules_of(folder)
+        }
+
+    return found
