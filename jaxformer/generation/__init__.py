@@ -1,5 +1,10 @@
-"""Writing sequences with a model: how the next token is chosen, and the loop that chooses it.
+"""Writing sequences with a model: how the next token is chosen, and the loops that choose it.
 
-samplers   temperature, top-k, top-p, min-p, greedy: pure functions of logits
-decode     one loop with a cache around any next-token model
+samplers     repetition penalty, temperature, top-k, top-p, min-p, greedy: pure functions of logits
+decode       prompts of any lengths continued in one compiled loop, up to stops and limits
+stream       the same tokens as they come
+beam         the best texts that beam search finds
+speculative  a draft model proposes, the target checks: its distribution, in fewer calls
+stops        tokens and sequences of tokens that end a text
+loop         what the model and its cache must be, and the step that the loops share
 """

@@ -80,6 +80,21 @@ def test_tokens_at_minus_infinity_stay_out():
             assert not np.isnan(out).any(), (keep, value)
 
 
+def test_the_penalty_takes_from_seen_tokens_alone_whatever_their_sign():
+    logits = jnp.asarray([[2.0, -2.0, 0.0, 3.0, -3.0, -jnp.inf]])
+    seen = jnp.asarray([[True, True, True, False, False, True]])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        out = samplers.penalize_repetition(logits.astype(dtype), seen, 2.0)
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out, [[1, -4, 0, 3, -3, -np.inf]])
+
+
+def test_seen_are_the_tokens_inside_the_lengths_and_the_vocabulary():
+    tokens = jnp.asarray([[0, 3, 3, 1], [9, -1, 4, 2], [2, 2, 2, 2]])
+    seen = samplers.seen_tokens(tokens, jnp.asarray([3, 4, 0]), 5)
+    np.testing.assert_array_equal(seen, [[1, 0, 0, 1, 0], [0, 0, 1, 0, 1], [0] * 5])
+
+
 def test_filters_commute_with_a_permutation_of_the_vocabulary():
     order = jax.random.permutation(jax.random.key(1), V)
     for keep, values in FILTERS.values():
@@ -109,9 +124,19 @@ def test_bad_values_are_named_in_the_error():
         ({"top_p": 1.5}, "p=1.5"),
         ({"min_p": -0.1}, "p=-0.1"),
         ({"min_p": 1.1}, "p=1.1"),
+        ({"repetition_penalty": 0.0}, "penalty=0.0"),
+        ({"repetition_penalty": -1.2}, "penalty=-1.2"),
     ):
         with pytest.raises(ValueError, match=match):
             samplers.sampler(**build)
+    with pytest.raises(ValueError, match=r"penalty=0\.0"):
+        samplers.greedy(repetition_penalty=0.0)
+    for sample in (
+        samplers.sampler(repetition_penalty=2.0),
+        samplers.greedy(repetition_penalty=2.0),
+    ):
+        with pytest.raises(ValueError, match="`seen`"):
+            sample(jax.random.key(0), LOGITS)
 
 
 def test_filters_agree_with_transformers():
@@ -128,9 +153,17 @@ def test_filters_agree_with_transformers():
         for value in values:
             expected = theirs[name](value)(None, scores).numpy()
             np.testing.assert_allclose(keep(LOGITS, value), expected, rtol=1e-6, err_msg=name)
+    tokens = np.random.default_rng(0).integers(0, V, (5, 4))
+    seen = samplers.seen_tokens(jnp.asarray(tokens), jnp.full(5, 4), V)
+    for penalty in (0.7, 1.0, 1.8):
+        expected = process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(tokens), scores)
+        ours = samplers.penalize_repetition(LOGITS, seen, penalty)
+        np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
+    scores = process.RepetitionPenaltyLogitsProcessor(1.8)(torch.tensor(tokens), scores)
     for name, value in (("temper", 0.7), ("top_k", 6), ("top_p", 0.8), ("min_p", 0.3)):
         scores = theirs[name](value)(None, scores)
-    ours = samplers.sampler(temperature=0.7, top_k=6, top_p=0.8, min_p=0.3).filtered(LOGITS)
+    numbers = {"temperature": 0.7, "top_k": 6, "top_p": 0.8, "min_p": 0.3}
+    ours = samplers.sampler(repetition_penalty=1.8, **numbers).filtered(LOGITS, seen)
     np.testing.assert_allclose(ours, scores.numpy(), rtol=1e-6)
 
 
@@ -158,10 +191,14 @@ def test_greedy_takes_the_best_and_of_equals_the_first():
     sample = samplers.greedy()
     tokens = sample(jax.random.key(0), LOGITS.at[0].set(1.0))
     np.testing.assert_array_equal(tokens, [0, *np.asarray(LOGITS[1:].argmax(-1))])
+    kept_alone = kept(sample.filtered(LOGITS.at[0].set(1.0)))
+    np.testing.assert_array_equal(kept_alone, np.eye(V)[tokens])
 
 
 def test_equal_settings_are_equal_so_that_jit_traces_once():
     assert samplers.sampler(top_k=3) == samplers.sampler(top_k=3)
     assert hash(samplers.sampler(top_k=3)) == hash(samplers.sampler(top_k=3))
     assert samplers.sampler(top_k=3) != samplers.sampler(top_k=4)
-    assert samplers.greedy() is samplers.greedy()
+    assert samplers.greedy() == samplers.greedy()
+    assert hash(samplers.greedy()) == hash(samplers.greedy())
+    assert samplers.greedy() != samplers.greedy(repetition_penalty=2.0)
