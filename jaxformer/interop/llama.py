@@ -141,20 +141,26 @@ def _write(model_type: str, config: TransformerConfig) -> dict[str, Any]:
 
 
 def rules(
-    config: TransformerConfig, mlp: Any = None, norms: dict[str, str] | None = None
+    config: TransformerConfig,
+    attention: Any = None,
+    mlp: Any = None,
+    norms: dict[str, str] | None = None,
 ) -> list[Rule]:
     """The tensors of a decoder of this lineage.
 
     Args:
         config: Of the decoder.
-        mlp: The rules of a layer's MLP, of the paths; those of a gated or plain one if None.
+        attention: The rules of a layer's attention, of the config and the two paths; those of
+            grouped queries if None.
+        mlp: Likewise of its MLP.
         norms: Our names of a layer's norms by theirs; the usual for the config's order if None.
     """
     found = [same("embed/table", "model.embed_tokens.weight")]
     for i in range(config.num_layers):
         ours, theirs = f"blocks/layers_{i}/", f"model.layers.{i}."
-        found += attention_rules(config, ours + "attention/inner/", theirs + "self_attn.")
-        found += (mlp or mlp_rules)(config, ours + "mlp/inner/", theirs + "mlp.")
+        of_attention, of_mlp = attention or attention_rules, mlp or mlp_rules
+        found += of_attention(config, ours + "attention/inner/", theirs + "self_attn.")
+        found += of_mlp(config, ours + "mlp/inner/", theirs + "mlp.")
         names = NORMS[config.order] if norms is None else norms
         found += [same(f"{ours}{a}/scale", f"{theirs}{b}.weight") for a, b in names.items()]
     found.append(same("norm/scale", "model.norm.weight"))

@@ -118,6 +118,11 @@ class Settings:
             return default
         return value
 
+    def look(self, name: str, default: Any) -> Any:
+        """What `take` gives, without taking it."""
+        value = self._left.get(name)
+        return default if value is None else value
+
     def absent(self, name: str) -> bool:
         """Whether a setting is not there at all; some mean another thing by null."""
         return name not in self._left

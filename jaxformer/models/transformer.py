@@ -13,15 +13,19 @@ from jaxformer.layers.block import (
     Block,
     BranchNorm,
     Make,
+    NoNorm,
     ParallelBlock,
     PostNorm,
     PreNorm,
     SandwichNorm,
 )
+from jaxformer.layers.experts import Experts
+from jaxformer.layers.latent import LatentAttention
 from jaxformer.layers.mlp import MLP, XIELU, GatedMLP
 from jaxformer.layers.norms import LayerNorm, RMSNorm
 from jaxformer.layers.stack import Stack
 from jaxformer.ops import activations, positions
+from jaxformer.ops import experts as ops_experts
 from jaxformer.ops.rope import Rope
 from jaxformer.typing import Array, DTypeLike
 
@@ -45,8 +49,78 @@ ORDERS: dict[str, Make] = {
     "branch": BranchNorm,
     "parallel": PreNorm,
 }
-POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
+POSITIONS = (
+    "rotary",
+    "learned",
+    "sinusoidal",
+    "sinusoidal_halves",  # all sines before all cosines
+    "alibi",
+    "buckets",  # a learned bias for each distance, the same in all layers, as in T5
+    "none",
+)
 _SLACK = 16  # tokens that may go through a window's cache at once without a copy
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP.
+
+    Attributes:
+        number: E.
+        count: Experts of a token.
+        hidden: F of each.
+        router: "softmax" or "sigmoid", as in `ops.experts`.
+        unit: "gated" by the config's activation, or "clamped" as in gpt-oss.
+        limit: Bound of gates and values of the clamped unit.
+        steepness: Of its sigmoid.
+        use_bias: Of the experts' maps and the router.
+        groups: Of experts, for "sigmoid".
+        top_groups: Of which a token may choose.
+        normalize: Whether its weights sum to `factor`.
+        factor: Of the weights.
+        shared: Hidden channels of an MLP that all tokens take besides; 0 for none.
+        first: Layers before the first one that has experts.
+    """
+
+    number: int
+    count: int
+    hidden: int
+    router: str = "softmax"
+    unit: str = "gated"
+    limit: float = 7.0
+    steepness: float = 1.702
+    use_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    normalize: bool = True
+    factor: float = 1.0
+    shared: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.number or self.hidden < 1:
+            raise ValueError(f"of E={self.number} experts, count={self.count} cannot be chosen.")
+        if self.router not in ("softmax", "sigmoid") or self.unit not in ("gated", "clamped"):
+            raise ValueError(f"no such router or unit: {self.router!r}, {self.unit!r}.")
+        if self.number % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(f"E={self.number} experts do not fall into {self.groups} groups.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention, whose heads have `plain_dim` channels besides the config's H, which turn.
+
+    Attributes:
+        rank: Channels of a token's latent.
+        query_rank: Channels through which queries are made; None for directly.
+        plain_dim: Channels of queries and keys that do not turn.
+        value_dim: Of values.
+    """
+
+    rank: int
+    query_rank: int | None
+    plain_dim: int
+    value_dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +130,7 @@ class TransformerConfig:
     Attributes:
         vocab_size: V.
         width: D.
-        num_layers: Blocks; an encoder-decoder has as many in each half.
+        num_layers: Blocks; an encoder-decoder has as many in each half, or `decoder_layers`.
         num_heads: N.
         num_kv_heads: K.
         head_dim: H.
@@ -69,29 +143,48 @@ class TransformerConfig:
         tie_embeddings: Uses the embedding table for the logits too.
         scan: Scans over the blocks.
         remat: Recomputes each block in the backward pass.
+        distinct_layers: Blocks with parameters of their own, each for an equal run of layers;
+            `num_layers` if None.
+        embed_width: Channels of the embeddings, if not D; a map leads to D.
         norm: One of `NORMS`.
         epsilon: Of all norms; None for what each kind has.
         order: Where norms stand, one of `ORDERS`; "parallel" also adds both branches to one stream.
+        first_norm: Whether the first block normalises what its attention reads.
         final_norm: Whether the stream is normalised after the last block.
         positions: One of `POSITIONS`.
         max_length: Rows of the table of learned positions; 0 for no bound.
         position_offset: Row of that table that the first token takes.
+        pad_token: Token that takes the row before that one and is not counted; None for none.
+        token_types: Kinds of tokens, such as the first and the second text, each with a learned
+            vector; 0 for none.
         rope: How rotary positions turn.
         local_rope: The same in layers with a window; None for no difference.
         windows: For each layer how many tokens each may look at, itself and those before, or None
             for all; empty for all in all layers.
+        ahead: How many tokens after itself each may look at besides, in layers with a window.
         activation: One of `ACTIVATIONS`, or "xielu".
         gated: Whether one half of the hidden channels gates the other.
         qkv_bias: Of the projections to queries, keys and values.
         out_bias: Of the one after attention.
         mlp_bias: Of the MLP's maps.
         head_bias: Of the logits.
+        head_transform: Activation between a map and a norm before the logits, one of
+            `ACTIVATIONS`; None for the logits at once.
+        pooler: Whether a map of the first token's vector stands for the text.
         scale: Factor of the attention's logits; H**-0.5 if None.
         softcap: Bound of the attention's logits; None for none.
         logit_softcap: Bound of the model's logits; None for none.
         sinks: Whether each head learns the logit of a key without a value.
         embed_scale: Factor of the embeddings.
         embed_norm: Whether they are normalised.
+        num_buckets: Of distances, for "buckets".
+        max_distance: From which on all distances are one bucket.
+        logit_scale: Factor of the logits.
+        decoder_layers: Blocks of an encoder-decoder's second half; `num_layers` if None.
+        decoder_vocab_size: V of its target, which then has an embedding table of its own; None for
+            one table of both.
+        experts: A mixture of experts in place of the MLP; None for the MLP.
+        latent: Latent attention in place of the other; None for that.
     """
 
     vocab_size: int
@@ -108,28 +201,43 @@ class TransformerConfig:
     tie_embeddings: bool = True
     scan: bool = False
     remat: bool = False
+    distinct_layers: int | None = None
+    embed_width: int | None = None
     norm: str = "rms"
     epsilon: float | None = None
     order: str = "pre"
+    first_norm: bool = True
     final_norm: bool = True
     positions: str = "rotary"
     max_length: int = 0
     position_offset: int = 0
+    pad_token: int | None = None
+    token_types: int = 0
     rope: Rope = Rope()
     local_rope: Rope | None = None
     windows: tuple[int | None, ...] = ()
+    ahead: int = 0
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
+    head_transform: str | None = None
+    pooler: bool = False
     scale: float | None = None
     softcap: float | None = None
     logit_softcap: float | None = None
     sinks: bool = False
     embed_scale: float = 1.0
     embed_norm: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    logit_scale: float = 1.0
+    decoder_layers: int | None = None
+    decoder_vocab_size: int | None = None
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "hidden"):
@@ -148,17 +256,28 @@ class TransformerConfig:
             "positions": POSITIONS,
             "activation": (*ACTIVATIONS, "xielu"),
         }
+        if self.head_transform is not None:
+            choices["head_transform"] = ACTIVATIONS
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {[*known]}, got {getattr(self, name)!r}.")
         if self.activation == "xielu" and self.gated:
             raise ValueError("xielu is no activation of a gated MLP.")
+        for name in ("decoder_layers", "decoder_vocab_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}.")
+        if self.positions == "buckets" and self.windows:
+            raise ValueError('positions="buckets" and windows do not go together.')
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows must be positive or None, got {self.windows}.")
         if self.positions == "learned" and self.max_length < 1:
             raise ValueError(f"learned positions need max_length, got {self.max_length}.")
+        if self.positions == "learned" and self.pad_token is not None and self.position_offset < 1:
+            raise ValueError(f"{self.pad_token=} needs a row before the first token's.")
+        if not self.first_norm and self.order != "pre":
+            raise ValueError(f'first_norm=False goes with order="pre" alone, got {self.order!r}.')
 
     @classmethod
     def tiny(cls, vocab_size: int) -> "TransformerConfig":
@@ -171,38 +290,76 @@ class TransformerConfig:
         return made if self.epsilon is None else functools.partial(made, epsilon=self.epsilon)
 
 
+_ENCODER_DECODER_ALONE = ("decoder_layers", "decoder_vocab_size")
+_ENCODER_ALONE = ("pad_token", "token_types", "embed_width", "ahead", "head_transform", "pooler")
+
+
+def refuse_for_decoder(config: TransformerConfig) -> None:
+    """Raises a NotImplementedError that names a choice that encoders alone know."""
+    for field in dataclasses.fields(TransformerConfig):
+        value = getattr(config, field.name)
+        alone = (*_ENCODER_ALONE, *_ENCODER_DECODER_ALONE)
+        if field.name in alone and value != field.default:
+            raise NotImplementedError(f"a decoder knows no {field.name}, got {value!r}.")
+    if config.head_bias and config.tie_embeddings:
+        raise NotImplementedError("a decoder whose embeddings are tied knows no head_bias.")
+
+
 def stack(config: TransformerConfig, *, cross: bool, name: str) -> Stack:
     """Makes the config's blocks, with cross-attention or without."""
-    if len(set(config.windows)) > 1:
+    first = 0 if config.experts is None else config.experts.first
+    if len(set(config.windows)) > 1 or not config.first_norm or 0 < first < config.num_layers:
         makers: Any = tuple(block(config, layer, cross=cross) for layer in range(config.num_layers))
     else:
         makers = block(config, 0, cross=cross)
-    return Stack(makers, config.num_layers, scan=config.scan, remat=config.remat, name=name)
+    return Stack(
+        makers,
+        config.num_layers,
+        scan=config.scan,
+        remat=config.remat,
+        distinct=config.distinct_layers,
+        name=name,
+    )
 
 
 def block(config: TransformerConfig, layer: int, *, cross: bool) -> Make:
     """What makes the block of one layer."""
     norm = config.make_norm()
-    residual = functools.partial(
-        ORDERS[config.order],
-        norm=norm,
-        dropout=config.dropout,
-        drop_path=config.drop_path,
-        scale_init=config.layer_scale,
-    )
-    parts = {"attention": attention(config, layer), "mlp": mlp(config), "residual": residual}
+    options = {"norm": norm, "dropout": config.dropout, "drop_path": config.drop_path}
+    options["scale_init"] = config.layer_scale
+    residual = functools.partial(ORDERS[config.order], **options)
+    parts = {"attention": attention(config, layer), "mlp": mlp(config, layer), "residual": residual}
     if config.order == "parallel":
         return functools.partial(ParallelBlock, **parts)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     qk_norm = norm if config.qk_norm else None
-    crossing = functools.partial(CrossAttention, *heads, norm=qk_norm, use_bias=config.qkv_bias)
-    return functools.partial(Block, **parts, cross=crossing if cross else None)
+    biases = {"use_bias": config.qkv_bias, "out_bias": config.out_bias}
+    crossing = functools.partial(
+        CrossAttention, *heads, norm=qk_norm, **biases, scale=config.scale
+    )
+    parts["cross"] = crossing if cross else None
+    if layer == 0 and not config.first_norm:
+        parts["attention_residual"] = functools.partial(NoNorm, **options)
+    return functools.partial(Block, **parts)
 
 
 def attention(config: TransformerConfig, layer: int) -> Make:
     """What makes the self-attention of one layer."""
     window = config.windows[layer] if config.windows else None
     rope = config.rope if window is None else config.local_rope or config.rope
+    if config.latent is not None:
+        return functools.partial(
+            LatentAttention,
+            config.num_heads,
+            config.latent.plain_dim,
+            config.head_dim,
+            config.latent.value_dim,
+            config.latent.rank,
+            config.latent.query_rank,
+            rotate=rope,
+            use_bias=config.out_bias,
+            scale=config.scale,
+        )
     alibi = config.positions == "alibi"
     return functools.partial(
         SelfAttention,
@@ -219,11 +376,14 @@ def attention(config: TransformerConfig, layer: int) -> Make:
         sinks=config.sinks,
         slopes=positions.alibi_slope_list(config.num_heads) if alibi else None,
         window=window,
+        ahead=config.ahead,
     )
 
 
-def mlp(config: TransformerConfig) -> Make:
-    """What makes the MLP of a block."""
+def mlp(config: TransformerConfig, layer: int) -> Make:
+    """What makes the MLP of one layer, or its experts."""
+    if config.experts is not None and layer >= config.experts.first:
+        return _experts(config, config.experts)
     if config.activation == "xielu":
         activation: Any = XIELU
     else:
@@ -232,6 +392,35 @@ def mlp(config: TransformerConfig) -> Make:
         unit = functools.partial(_gate, activation)
         return functools.partial(GatedMLP, config.hidden, unit, use_bias=config.mlp_bias)
     return functools.partial(MLP, config.hidden, activation, use_bias=config.mlp_bias)
+
+
+def _experts(config: TransformerConfig, experts: ExpertsConfig) -> Make:
+    unit: Any = functools.partial(_gate, ACTIVATIONS[config.activation])
+    shared = functools.partial(GatedMLP, experts.shared, unit) if experts.shared else None
+    if experts.unit == "clamped":
+        unit = functools.partial(
+            activations.clamped_swiglu, limit=experts.limit, steepness=experts.steepness
+        )
+    route: Any = ops_experts.route_softmax
+    if experts.router == "sigmoid":
+        route = functools.partial(
+            ops_experts.route_sigmoid,
+            groups=experts.groups,
+            top_groups=experts.top_groups,
+            normalize=experts.normalize,
+            factor=experts.factor,
+        )
+    return functools.partial(
+        Experts,
+        experts.number,
+        experts.count,
+        experts.hidden,
+        unit,
+        use_bias=experts.use_bias,
+        correct=experts.router == "sigmoid",
+        route=route,
+        shared=shared,
+    )
 
 
 def _gate(activation: Callable[[Array], Array], gate: Array, value: Array) -> Array:
@@ -253,5 +442,9 @@ def empty_cache(
     """
     windows = config.windows or (None,) * config.num_layers
     rooms = [max_length if w is None else min(max_length, w + _SLACK - 1) for w in windows]
-    sizes = (batch, config.num_kv_heads, rooms, config.head_dim)
-    return stacks.empty_cache(config.num_layers, config.scan, *sizes, dtype, by_row=by_row)
+    sizes, value_dim = (batch, config.num_kv_heads, rooms, config.head_dim), None
+    if config.latent is not None:
+        sizes, value_dim = (batch, 1, rooms, config.latent.rank + config.head_dim), 0
+    return stacks.empty_cache(
+        config.num_layers, config.scan, *sizes, dtype, value_dim=value_dim, by_row=by_row
+    )

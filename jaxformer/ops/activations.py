@@ -94,6 +94,19 @@ def swiglu(gate: Float[Array, "*B F"], value: Float[Array, "*B F"]) -> Float[Arr
     return silu(gate) * value
 
 
+def clamped_swiglu(
+    gate: Float[Array, "*B F"], value: Float[Array, "*B F"], *, limit: float, steepness: float
+) -> Float[Array, "*B F"]:
+    """`g * sigmoid(steepness * g) * (v + 1)`, with g up to `limit` and v within ± `limit`.
+
+    References:
+        OpenAI 2025, "gpt-oss-120b & gpt-oss-20b model card", section 2.2.
+        https://arxiv.org/abs/2508.10925
+    """
+    gate, value = jnp.minimum(gate, limit), jnp.clip(value, -limit, limit)
+    return _in_float32(lambda g: g * jax.nn.sigmoid(steepness * g), gate) * (value + 1)
+
+
 def reglu(gate: Float[Array, "*B F"], value: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """`relu(gate) * value`."""
     return relu(gate) * value

@@ -1,14 +1,11 @@
 """Tiny models of transformers, scrambled, beside ours."""
 
-import contextlib
+import copy
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
-from jaxformer.interop import checkpoint, families
+from jaxformer.interop import checkpoint, families, tensors
 from jaxformer.interop.settings import Settings
 
 
@@ -32,6 +29,9 @@ def original():
                 noise = torch.tensor(size * random.standard_normal(x.shape), dtype=x.dtype)
                 centre = 1.0 if "norm" in name and name.endswith("weight") and x.ndim == 1 else 0.0
                 x.copy_(noise + centre)
+            for name, x in model.named_buffers():
+                if "correction" in name:
+                    x.copy_(torch.tensor(random.standard_normal(x.shape)))
         return model
 
     return made
@@ -77,16 +77,22 @@ def close():
 
 
 @pytest.fixture(scope="session")
-def gradients(rules_of):
+def gradients(rules_of, tmp_path_factory):
     """The gradients of a model of transformers, in our layout."""
 
     def found(model, folder):
-        grads = {
-            name: np.zeros(x.shape, np.float32) if x.grad is None else x.grad.numpy()
-            for name, x in model.named_parameters()
-        }
+        import torch
+
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for x, y in zip(other.parameters(), model.parameters(), strict=True):
+                x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
+            for x in other.buffers():
+                x.zero_()
+        other.save_pretrained(again := tmp_path_factory.mktemp("gradients"))
+        files = tensors.Tensors(again)
         return {
-            rule.ours: rule.take([grads[name] for name in rule.theirs]) for rule in rules_of(folder)
+            rule.ours: rule.take(list(map(files.read, rule.theirs))) for rule in rules_of(folder)
         }
 
     return found

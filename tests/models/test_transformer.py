@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.models.decoder import Decoder
-from jaxformer.models.transformer import TransformerConfig
+from jaxformer.models.encoder import Encoder
+from jaxformer.models.transformer import ExpertsConfig, LatentConfig, TransformerConfig
 from jaxformer.ops.rope import Rope
 
 CONFIG = TransformerConfig(7, 6, 2, num_heads=4, num_kv_heads=2, head_dim=2, hidden=5)
@@ -26,36 +27,52 @@ CHANGES = {
     "tie_embeddings": False,
     "scan": True,
     "remat": True,
+    "distinct_layers": 1,
+    "embed_width": 3,
     "norm": "layer",
     "epsilon": 1e-3,
     "order": "post",
+    "first_norm": False,
     "final_norm": False,
     "positions": "none",
     "max_length": 9,
     "position_offset": 2,
+    "pad_token": 0,
+    "token_types": 2,
     "rope": Rope(interleaved=True),
     "local_rope": Rope(interleaved=True),
     "windows": (2, None),
+    "ahead": 1,
     "activation": "gelu",
     "gated": False,
     "qkv_bias": True,
     "out_bias": True,
     "mlp_bias": True,
     "head_bias": True,
+    "head_transform": "relu",
+    "pooler": True,
     "scale": 0.3,
     "softcap": 2.0,
     "logit_softcap": 2.0,
     "sinks": True,
     "embed_scale": 2.0,
     "embed_norm": True,
+    "experts": ExpertsConfig(2, 1, 3),
+    "latent": LatentConfig(4, None, 3, 5),
 }
 # What must be chosen too for a field to matter.
 WITH = {
     "max_length": {"positions": "learned", "max_length": 8},
     "position_offset": {"positions": "learned", "max_length": 8},
+    "pad_token": {"positions": "learned", "max_length": 8, "position_offset": 1},
+    "embed_width": {"head_transform": "gelu"},
+    "ahead": {"windows": (2, None)},
     "local_rope": {"windows": (2, None)},
     "head_bias": {"tie_embeddings": False},
 }
+
+
+OF_ENCODERS = ("embed_width", "pad_token", "token_types", "ahead", "head_transform")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +84,42 @@ def test_equal_configs_give_the_same_program(program, plain):
     assert program(Decoder(dataclasses.replace(CONFIG)), TOKENS) == plain
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CONFIG)])
+FIELDS = [field.name for field in dataclasses.fields(CONFIG)]
+
+
+@pytest.mark.parametrize("field", sorted({*FIELDS} - {*OF_ENCODERS, "pooler"}))
 def test_every_field_is_read(program, plain, field):
     if field in WITH:
         plain = program(Decoder(dataclasses.replace(CONFIG, **WITH[field])), TOKENS)
     changed = dataclasses.replace(CONFIG, **WITH.get(field, {}) | {field: CHANGES[field]})
     assert program(Decoder(changed), TOKENS) != plain
+
+
+@pytest.mark.parametrize("field", OF_ENCODERS)
+def test_every_field_of_encoders_is_read_by_them_and_refused_by_decoders(program, field):
+    plain = dataclasses.replace(CONFIG, **WITH.get(field, {}))
+    changed = dataclasses.replace(plain, **{field: CHANGES[field]})
+    one, other = (program(Encoder(x), TOKENS, method="logits") for x in (plain, changed))
+    assert one != other
+    with pytest.raises(NotImplementedError, match=f"a decoder knows no {field}"):
+        program(Decoder(dataclasses.replace(CONFIG, **{field: CHANGES[field]})), TOKENS)
+
+
+def test_a_pooler_is_of_encoders(program):
+    changed = dataclasses.replace(CONFIG, pooler=True)
+    assert "tanh" in program(Encoder(changed), TOKENS, method="pooled")
+    with pytest.raises(ValueError, match="no pooler"):
+        program(Encoder(CONFIG), TOKENS, method="pooled")
+    with pytest.raises(NotImplementedError, match="a decoder knows no pooler"):
+        program(Decoder(changed), TOKENS)
+
+
+def test_tied_logits_have_a_bias_in_encoders_alone(program):
+    changed = dataclasses.replace(CONFIG, head_bias=True)
+    one, other = (program(Encoder(x), TOKENS, method="logits") for x in (CONFIG, changed))
+    assert one != other
+    with pytest.raises(NotImplementedError, match="head_bias"):
+        program(Decoder(changed), TOKENS)
 
 
 def test_another_first_value_of_the_layer_scale_is_another_program(program):
