@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxformer.layers.attention import KVCache, StackCache, cached_length
 from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
-from jaxformer.models.transformer import TransformerConfig, empty_cache, stack
+from jaxformer.models.transformer import TransformerConfig, empty_cache, refuse_for_decoder, stack
 from jaxformer.ops import attention, positions
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
@@ -52,6 +52,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+        refuse_for_decoder(config)
         self.embed = Embed(config.vocab_size, config.width)
         if config.positions == "learned":
             rows = config.max_length + config.position_offset
@@ -68,10 +69,10 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: DecoderCache | None = None,
+        counts: Int[Array, "B"] | None = None,
         *,
         mask: Mask | None = None,
         positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
-        counts: Int[Array, "B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache]:
         """Predicts what follows each token.
@@ -79,11 +80,11 @@ class Decoder(nn.Module):
         Args:
             tokens: The text, or with a cache, what comes after the text so far.
             cache: From `empty_cache`; with it the new cache is returned too.
+            counts: With a cache, how many of the T tokens of each row are real; the logits of the
+                others mean nothing, and they leave no trace. All if None.
             mask: Narrows who may look, besides causality: segments, windows, key lengths. With a
                 cache it is of the T new tokens at all places of the cache.
             positions: Place of each token; counted on from the cache's length, or 0.
-            counts: With a cache, how many of the T tokens of each row are real; the logits of the
-                others mean nothing, and they leave no trace. All if None.
             train: Turns dropout on; needs an rng named "dropout".
 
         Raises:
