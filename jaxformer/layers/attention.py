@@ -186,7 +186,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None = None,
         counts: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
-        """Mixes information along T.
+        """Mixes information along T; writes its weights down if "attention" is mutable.
 
         Args:
             x: The stream.
@@ -246,6 +246,8 @@ class SelfAttention(nn.Module):
                 options[name] = getattr(self, name)
         if self.sinks:
             options["sinks"] = self.param("sinks", nn.initializers.zeros, (heads,))
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            self.sow("attention", "weights", attention.weights(q, k, mask, **options))
         y = self.attend(q, k, v, mask, **options).reshape(*x.shape[:2], heads * channels)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
         y = Dense(x.shape[-1], out_bias, self.out_init, self.project, name="out")(y)

@@ -105,6 +105,13 @@ class PostNorm(PreNorm):
         return self.norm(name="norm")(x + y)
 
 
+class NoNorm(PreNorm):
+    """`x + f(x)`: for a stream that was normalised just before."""
+
+    def before(self, x: Array) -> Array:
+        return x
+
+
 class SandwichNorm(PreNorm):
     """`x + norm(f(norm(x)))`: the branch is normalised on both sides.
 
@@ -173,12 +180,14 @@ class Block(nn.Module):
         mlp: Makes the MLP.
         cross: Makes the cross-attention; None for none.
         residual: Makes the residual around each: a partial of PreNorm, PostNorm or SandwichNorm.
+        attention_residual: The same around the self-attention, if it is another.
     """
 
     attention: Make
     mlp: Make
     cross: Make | None = None
     residual: Make = PreNorm
+    attention_residual: Make | None = None
 
     @nn.compact
     def __call__(
@@ -203,7 +212,7 @@ class Block(nn.Module):
         if (context is None) != (self.cross is None):
             raise ValueError("a block needs a context if it has cross-attention, and only then.")
         drop = {"train": train, "depth": depth}
-        residual = self.residual(self.attention, name="attention")
+        residual = (self.attention_residual or self.residual)(self.attention, name="attention")
         x = residual(x, mask, cache=cache, **kwargs, **drop)
         x, *caches = x if cache is not None else (x,)
         if self.cross is not None:

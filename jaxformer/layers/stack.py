@@ -29,6 +29,11 @@ class Stack(nn.Module):
         scan: Scans; parameters and caches then have a leading axis of `num_layers`.
         remat: Keeps only what enters each block for the backward pass, and computes the rest again.
         policy: What remat may keep besides, from `jax.checkpoint_policies`.
+        distinct: How many blocks have parameters of their own, each of which stands for an equal
+            run of layers, as in ALBERT; `num_layers` if None.
+
+    References:
+        Lan et al. 2020, "ALBERT", section 3.1. https://arxiv.org/abs/1909.11942
     """
 
     block: Make | tuple[Make, ...]
@@ -36,6 +41,7 @@ class Stack(nn.Module):
     scan: bool = False
     remat: bool = False
     policy: Callable[..., bool] | None = None
+    distinct: int | None = None
 
     @nn.compact
     def __call__(
@@ -53,8 +59,15 @@ class Stack(nn.Module):
             cache: From `empty_cache`; with it the new cache is returned too.
 
         Raises:
-            ValueError: If the cache is that of another number of layers, or of the other form.
+            ValueError: If the cache is that of another number of layers, or of the other form, or
+                the layers cannot share blocks as they should.
         """
+        distinct = self.num_layers if self.distinct is None else self.distinct
+        shared = distinct < self.num_layers
+        if distinct < 1 or self.num_layers % distinct:
+            raise ValueError(f"{self.num_layers} layers cannot share {distinct} blocks equally.")
+        if shared and (isinstance(self.block, tuple) or (self.scan and distinct > 1)):
+            raise ValueError(f"layers of one kind may share, and scanned ones one block: {self}.")
         if cache is not None:
             _check_cache(cache, self.num_layers, self.scan)
         makers = self.block if isinstance(self.block, tuple) else (self.block,) * self.num_layers
@@ -75,17 +88,21 @@ class Stack(nn.Module):
             body = nn.remat(body, prevent_cse=not self.scan, policy=self.policy)
         depths = np.linspace(1.0, 0.0, self.num_layers, dtype=np.float32)[::-1]
         if self.scan:
+            axes = {"intermediates": 0, "attention": 0}
             scanned = nn.scan(
                 body,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
+                variable_axes=axes if shared else axes | {"params": 0},
+                variable_broadcast="params" if shared else False,
+                split_rngs={"params": not shared, "dropout": True},
+                length=self.num_layers,
             )
             x, caches = scanned(makers[0](name="layers"), x, (jnp.asarray(depths), cache))
         else:
             each = [None] * self.num_layers if cache is None else cache
+            blocks = [makers[i](name=f"layers_{i}") for i in range(distinct)]
             new = []
             for i, layer in enumerate(zip(depths.tolist(), each)):
-                x, updated = body(makers[i](name=f"layers_{i}"), x, layer)
+                x, updated = body(blocks[i * distinct // self.num_layers], x, layer)
                 new.append(updated)
             caches = tuple(new)
         return x if cache is None else (x, caches)

@@ -1,47 +1,175 @@
 """An encoder: each token's vector depends on the whole text."""
 
+from typing import Any
+
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
-from jaxformer.layers.norms import RMSNorm
-from jaxformer.models.transformer import TransformerConfig, stack
+from jaxformer.models.transformer import (
+    ACTIVATIONS,
+    TransformerConfig,
+    stack,
+)
+from jaxformer.ops import positions as ops_positions
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, Float, Int
+from jaxformer.typing import Array, Float, Int, PyTree
 
 
 class Encoder(nn.Module):
-    """Embedding, blocks that look both ways, norm.
+    """Embedding, blocks that look both ways, norm; vectors, one for the text, or logits.
+
+    The parameters of a head appear where the model is initialised with that head's method:
+    `method="logits"` or `method="pooled"`.
 
     Attributes:
-        config: Sizes; `tie_embeddings` says whether `logits` uses the embedding table. Without it
-            the head's parameters appear where the model is initialised with `method="logits"`.
+        config: Sizes and choices; `tie_embeddings` says whether `logits` uses the embedding table.
+
+    References:
+        Devlin et al. 2019, "BERT". https://arxiv.org/abs/1810.04805
+        Lan et al. 2020, "ALBERT", section 3.1. https://arxiv.org/abs/1909.11942
     """
 
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.embed = Embed(self.config.vocab_size, self.config.width)
-        self.blocks = stack(self.config, cross=False, name="blocks")
-        self.norm = RMSNorm()
-        if not self.config.tie_embeddings:
-            self.head = Dense(self.config.vocab_size)
+        config = self.config
+        if config.positions == "alibi":
+            raise NotImplementedError("the slopes of ALiBi are for looking back alone.")
+        width = config.embed_width or config.width
+        self.embed = Embed(config.vocab_size, width)
+        if config.positions == "learned":
+            self.places = Embed(config.max_length + config.position_offset, width)
+        if config.token_types:
+            self.types = Embed(config.token_types, width)
+        if config.embed_norm:
+            self.norm_in = config.make_norm()()
+        if config.embed_width is not None:
+            self.widen = Dense(config.width, use_bias=True)
+        self.blocks = stack(config, cross=False, name="blocks")
+        if config.final_norm:
+            self.norm = config.make_norm()()
+        if config.pooler:
+            self.pool = Dense(config.width, use_bias=True)
+        if config.head_transform is not None:
+            self.transform = Dense(width, config.mlp_bias)
+            self.norm_out = config.make_norm()()
+        if not config.tie_embeddings:
+            self.head = Dense(config.vocab_size, config.head_bias)
+        elif config.head_bias:
+            self.head_bias = self.param("head_bias", nn.initializers.zeros, (config.vocab_size,))
 
     def __call__(
-        self, tokens: Int[Array, "B S"], mask: Mask | None = None, *, train: bool = False
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Mask | None = None,
+        *,
+        token_types: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | Int[Array, "S"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "B S D"]:
         """Encodes each token in its context.
 
         Args:
             tokens: The text.
             mask: Who may look, such as `key_lengths` where rows are padded; all at all if None.
+            token_types: Kind of each token, where the config has kinds; 0 if None.
+            positions: Place of each token; counted from 0 if None, and where the config names a
+                `pad_token`, over the others.
             train: Turns dropout on; needs an rng named "dropout".
+
+        Raises:
+            ValueError: If the text is longer than the table of learned positions, or kinds are
+                given that the config does not have.
         """
-        return self.norm(self.blocks(self.embed(tokens), mask, train=train))
+        x = self.embedded(tokens, mask, token_types, positions)
+        x = self.blocks(x, mask, positions=positions, train=train)
+        return self.norm(x) if self.config.final_norm else x
+
+    def pooled(
+        self, tokens: Int[Array, "B S"], mask: Mask | None = None, **kwargs: Any
+    ) -> Float[Array, "B D"]:
+        """Encodes each text as one vector: a map and tanh of its first token's vector.
+
+        Raises:
+            ValueError: If the config has no pooler.
+        """
+        if not self.config.pooler:
+            raise ValueError("the config has no pooler.")
+        return jnp.tanh(self.pool(self(tokens, mask, **kwargs)[:, 0]))
 
     def logits(
-        self, tokens: Int[Array, "B S"], mask: Mask | None = None, *, train: bool = False
+        self, tokens: Int[Array, "B S"], mask: Mask | None = None, **kwargs: Any
     ) -> Float[Array, "B S V"]:
         """Scores every token at every position, for masked-token training."""
-        x = self(tokens, mask, train=train)
-        return self.embed.logits(x) if self.config.tie_embeddings else self.head(x)
+        config = self.config
+        x = self(tokens, mask, **kwargs)
+        if config.head_transform is not None:
+            x = self.norm_out(ACTIVATIONS[config.head_transform](self.transform(x)))
+        if config.logit_scale != 1.0:
+            x = x * jnp.asarray(config.logit_scale, x.dtype)
+        if not config.tie_embeddings:
+            x = self.head(x)
+        else:
+            x = self.embed.logits(x)
+            if config.head_bias:
+                x = x + self.head_bias.astype(x.dtype)[None, None]
+        if config.logit_softcap is not None:
+            x = config.logit_softcap * jnp.tanh(x / config.logit_softcap)
+        return x
+
+    def embedded(
+        self, tokens: Array, mask: Mask | None, token_types: Array | None, places: Array | None
+    ) -> Float[Array, "B S D"]:
+        """What the first block reads."""
+        config, length = self.config, tokens.shape[1]
+        x = self.scaled(self.embed(tokens), tokens, mask)
+        if config.token_types:
+            x = x + self.types(jnp.zeros_like(tokens) if token_types is None else token_types)
+        elif token_types is not None:
+            raise ValueError("token_types are given, but the config has none.")
+        sinusoidal = config.positions in ("sinusoidal", "sinusoidal_halves")
+        if (sinusoidal or config.positions == "learned") and places is None:
+            places = jnp.arange(length)[None]
+            if config.pad_token is not None:
+                real = tokens != config.pad_token
+                places = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+        if config.positions == "learned":
+            if length > config.max_length:
+                raise ValueError(f"S={length} exceeds the {config.max_length} learned positions.")
+            learned = self.places(places + config.position_offset)
+            x = x + (learned if learned.ndim == 3 else learned[None])
+        elif sinusoidal:
+            halves = config.positions == "sinusoidal_halves"
+            waves = ops_positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
+            x = x + (waves if waves.ndim == 3 else waves[None])
+        x = self.norm_in(x) if config.embed_norm else x
+        return x if config.embed_width is None else self.widen(x)
+
+    def scaled(self, x: Array, tokens: Array, mask: Mask | None) -> Float[Array, "B S E"]:
+        """What becomes of the tokens' vectors before anything is added to them."""
+        scale = self.config.embed_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+def attention_maps(
+    model: Encoder, variables: PyTree, *args: Any, **kwargs: Any
+) -> Float[Array, "B L N S S"]:
+    """Draws who looks at whom and how much, in each layer and head; S² numbers for each.
+
+    Args:
+        model: An encoder.
+        variables: Its variables.
+        *args: What `model` takes: tokens, a mask; likewise keywords.
+
+    Returns:
+        `maps[b, l, n, t]` are the weights with which token t reads all others.
+    """
+    _, seen = model.apply(variables, *args, mutable=["attention"], **kwargs)
+    blocks = seen["attention"]["blocks"]
+    if model.config.scan:
+        return jnp.moveaxis(blocks["layers"]["attention"]["inner"]["weights"][0], 0, 1)
+    names = [f"layers_{i}" for i in range(len(blocks))]
+    maps = [x for name in names for x in blocks[name]["attention"]["inner"]["weights"]]
+    return jnp.stack(maps, axis=1)

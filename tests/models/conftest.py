@@ -10,13 +10,17 @@ import pytest
 def program():
     """Writes initialisation and a training step of a module as text, without compiling them."""
 
-    def text(module, *args):
+    def text(module, *args, method="__call__"):
         key = jax.random.key(0)
 
-        def loss(variables):
-            return module.apply(variables, *args, train=True, rngs={"dropout": key}).sum()
+        options = {"method": method, "rngs": {"dropout": key}}
 
-        written = jax.make_jaxpr(lambda key: jax.grad(loss)(module.init(key, *args)))(key)
+        def loss(variables):
+            return module.apply(variables, *args, train=True, **options).sum()
+
+        written = jax.make_jaxpr(
+            lambda key: jax.grad(loss)(module.init(key, *args, method=method))
+        )(key)
         return re.sub("0x[0-9a-f]+", "", str(written))
 
     return text

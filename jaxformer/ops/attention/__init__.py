@@ -7,7 +7,7 @@ For example, for texts of different lengths in one batch:
     y = attention.attend(q, k, v, attention.causal() & attention.key_lengths(lengths))
 """
 
-from jaxformer.ops.attention.dense import attend
+from jaxformer.ops.attention.dense import attend, weights
 from jaxformer.ops.attention.masks import (
     Mask,
     causal,
@@ -32,5 +32,6 @@ __all__ = [
     "prefix",
     "segments",
     "strided",
+    "weights",
     "window",
 ]

@@ -104,6 +104,25 @@ def attend(
     return y, jnp.where(empty.swapaxes(1, 2), -jnp.inf, lse)
 
 
+def weights(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: Mask | None = None, **options: Any
+) -> Float[Array, "B N T S"]:
+    """Draws what share of each value `attend` takes, for looking at; T·S numbers a head.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        mask: Who may look where; everyone everywhere if None.
+        **options: `bias`, `scale`, `softcap`, `sinks` of `attend`.
+
+    Returns:
+        Rows that sum to 1, to less with sinks, and to 0 where there is nowhere to look.
+    """
+    size = k.shape[1]
+    one_hot = jnp.broadcast_to(jnp.eye(size, dtype=q.dtype)[None, :, None], (*k.shape[:3], size))
+    return attend(q, k, one_hot, mask, **options).swapaxes(1, 2)
+
+
 def check_arguments(
     q: Array,
     k: Array,
