@@ -118,13 +118,38 @@ def _rows(x: Array, places: Array) -> Array:
     return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
 
 
+class ContextKV(NamedTuple):
+    """Keys and values of a context, made once for all that looks at it."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+
+
+class CrossCache(NamedTuple):
+    """The cache of a block with cross-attention.
+
+    Attributes:
+        own: Of its self-attention.
+        context: Of its cross-attention; None before the block was given the context.
+    """
+
+    own: KVCache
+    context: ContextKV | None = None
+
+    @property
+    def length(self) -> Array:
+        """Tokens so far."""
+        return self.own.length
+
+
+BlockCache: TypeAlias = KVCache | CrossCache
 # Of a whole stack: one cache whose arrays have a leading axis if it is scanned, else one a block.
-StackCache: TypeAlias = KVCache | tuple[KVCache, ...]
+StackCache: TypeAlias = BlockCache | tuple[BlockCache, ...]
 
 
 def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
     """Counts the tokens in the cache of a stack, whose blocks all hold as many."""
-    return cache.length[0] if isinstance(cache, KVCache) else cache[0].length
+    return cache.length[0] if isinstance(cache, (KVCache, CrossCache)) else cache[0].length
 
 
 class SelfAttention(nn.Module):
@@ -284,6 +309,8 @@ class CrossAttention(nn.Module):
         head_dim: H; D / N if None.
         norm: Makes a norm of the channels of each head of queries and keys; None for no QK-norm.
         use_bias: Of the projections.
+        out_bias: Of the last one; as `use_bias` if None.
+        scale: Factor of the logits; H**-0.5 if None.
         attend: Any function with the signature of `ops.attention.attend`.
         project: The product of the projections.
         out_init: Initializer of the output kernel.
@@ -294,6 +321,8 @@ class CrossAttention(nn.Module):
     head_dim: int | None = None
     norm: Callable[..., nn.Module] | None = None
     use_bias: bool = False
+    out_bias: bool | None = None
+    scale: float | None = None
     attend: Callable[..., Array] = attention.attend
     project: Callable[[Array, Array], Array] = linear.project
     out_init: Callable[..., Array] = nn.initializers.lecun_normal()
@@ -302,25 +331,44 @@ class CrossAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S C"],
+        context: Float[Array, "B S C"] | ContextKV,
         mask: Mask | None = None,
         *,
         bias: Float[Array, "..."] | None = None,
-    ) -> Float[Array, "B T D"]:
+        keep: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], ContextKV]:
         """Brings information from S to T; the context may have another width.
+
+        Args:
+            x: The stream.
+            context: What to look at, or its keys and values from a call with `keep`.
+            mask: Who may look; all at all if None.
+            bias: Added to the logits; broadcasts to B N T S.
+            keep: Returns the keys and values too.
 
         Raises:
             ValueError: If D, N and K do not divide as they should.
         """
         heads, kv_heads, channels = _sizes(self, x.shape[-1])
         q = Dense(heads * channels, self.use_bias, project=self.project, name="q")(x)
-        kv = Dense(2 * kv_heads * channels, self.use_bias, project=self.project, name="kv")(context)
         q = q.reshape(*x.shape[:2], heads, channels)
-        k, v = jnp.split(kv.reshape(*context.shape[:2], 2 * kv_heads, channels), 2, axis=2)
         if self.norm is not None:
-            q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
-        y = self.attend(q, k, v, mask, bias=bias).reshape(*x.shape[:2], heads * channels)
-        return Dense(x.shape[-1], self.use_bias, self.out_init, self.project, name="out")(y)
+            q = self.norm(name="q_norm")(q)
+        if isinstance(context, ContextKV):
+            kept, (k, v) = context, (part.swapaxes(1, 2).astype(q.dtype) for part in context)
+        else:
+            outputs = 2 * kv_heads * channels
+            kv = Dense(outputs, self.use_bias, project=self.project, name="kv")(context)
+            k, v = jnp.split(kv.reshape(*context.shape[:2], 2 * kv_heads, channels), 2, axis=2)
+            if self.norm is not None:
+                k = self.norm(name="k_norm")(k)
+            kept = ContextKV(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        options = {} if self.scale is None else {"scale": self.scale}
+        y = self.attend(q, k, v, mask, bias=bias, **options)
+        y = y.reshape(*x.shape[:2], heads * channels)
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        y = Dense(x.shape[-1], out_bias, self.out_init, self.project, name="out")(y)
+        return (y, kept) if keep else y
 
 
 def _sizes(layer: SelfAttention | CrossAttention, width: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache
+from jaxformer.layers.attention import ContextKV, CrossCache, KVCache
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, Float
@@ -197,25 +197,39 @@ class Block(nn.Module):
         *,
         context: Float[Array, "B S C"] | None = None,
         context_mask: Mask | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CrossCache | None = None,
         train: bool = False,
         depth: float | Array = 1.0,
         **kwargs: Any,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache | CrossCache]:
         """Passes the stream through; with a cache the new cache is returned too.
 
-        What is not named goes to the self-attention: `bias`, `positions`, `counts`.
+        What is not named goes to the self-attention: `bias`, `positions`, `counts`. A `CrossCache`
+        keeps the keys and values of the context, and stands for it where they are known.
 
         Raises:
             ValueError: If there is cross-attention but no context, or the other way round.
         """
-        if (context is None) != (self.cross is None):
-            raise ValueError("a block needs a context if it has cross-attention, and only then.")
+        own, known = cache if isinstance(cache, CrossCache) else (cache, None)
+        seen = context if known is None else known
+        if (seen is None) != (self.cross is None) or None not in (context, known):
+            raise ValueError(
+                "a block needs a context if it has cross-attention, and only then: itself, or its "
+                "keys and values in the cache, not both."
+            )
         drop = {"train": train, "depth": depth}
         residual = (self.attention_residual or self.residual)(self.attention, name="attention")
-        x = residual(x, mask, cache=cache, **kwargs, **drop)
-        x, *caches = x if cache is not None else (x,)
+        x = residual(x, mask, cache=own, **kwargs, **drop)
+        x, *caches = x if own is not None else (x,)
         if self.cross is not None:
-            x = self.residual(self.cross, name="cross")(x, context, context_mask, **drop)
+            x, *kept = self._crossed(x, seen, context_mask, cache, drop)
+            caches = [CrossCache(*caches, *kept)] if kept else caches
         x = self.residual(self.mlp, name="mlp")(x, **drop)
         return (x, *caches) if caches else x
+
+    def _crossed(
+        self, x: Array, context: Any, mask: Mask | None, cache: Any, drop: dict[str, Any]
+    ) -> tuple[Array, ContextKV] | tuple[Array]:
+        keep = {"keep": True} if isinstance(cache, CrossCache) else {}
+        y = self.residual(self.cross, name="cross")(x, context, mask, **keep, **drop)
+        return y if keep else (y,)

@@ -53,6 +53,48 @@ class LearnedPositions(nn.Module):
         return x + positions.lookup(table, x.shape[1], offset).astype(x.dtype)[None]
 
 
+class RelativeBias(nn.Module):
+    """Makes a bias of attention from how far each key is from each query, by learned buckets.
+
+    Attributes:
+        num_heads: N.
+        num_buckets: E.
+        max_distance: From which on all distances are one bucket, in tokens.
+        bidirectional: Whether keys ahead have buckets of their own.
+
+    References:
+        Raffel et al. 2020, "T5", section 2.1. https://arxiv.org/abs/1910.10683
+    """
+
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        query_length: int,
+        key_length: int,
+        offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    ) -> Float[Array, "#B N T S"]:
+        """Makes the bias where query t stands at place `offset + t`, in each row alike or not."""
+        table = self.param("table", _INIT, (self.num_buckets, self.num_heads))
+
+        def row(offset: int | Array) -> Array:
+            buckets = positions.t5_buckets(
+                query_length,
+                key_length,
+                num_buckets=self.num_buckets,
+                max_distance=self.max_distance,
+                bidirectional=self.bidirectional,
+                offset=offset,
+            )
+            return positions.bucket_bias(table, buckets)
+
+        return row(offset) if jnp.ndim(offset) == 0 else jax.vmap(row)(offset)[:, 0]
+
+
 class NeighbourEmbed(nn.Module):
     """Sums learned vectors of the cells around the next one: a causal convolution on tokens.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache, StackCache
+from jaxformer.layers.attention import BlockCache, CrossCache, KVCache, StackCache
 from jaxformer.layers.block import Make
 from jaxformer.typing import Array, DTypeLike, Float, PyTree
 
@@ -77,7 +77,7 @@ class Stack(nn.Module):
                 " for each layer is needed, or one for all; only that one can be scanned."
             )
 
-        def body(block: nn.Module, x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
+        def body(block: nn.Module, x: Array, layer: tuple) -> tuple[Array, BlockCache | None]:
             depth, cache = layer
             y = block(x, *args, cache=cache, depth=depth, **kwargs)
             y, cache = y if cache is not None else (y, None)
@@ -162,7 +162,7 @@ def unstack_parameters(parameters: PyTree) -> PyTree:
 
 
 def _check_cache(cache: StackCache, num_layers: int, scan: bool) -> None:
-    stacked = isinstance(cache, KVCache)
+    stacked = isinstance(cache, (KVCache, CrossCache))
     count = len(cache.length) if stacked else len(cache)
     if stacked != scan or count != num_layers:
         raise ValueError(

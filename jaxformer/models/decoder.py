@@ -1,13 +1,13 @@
 """A decoder-only language model: each token's logits depend on the tokens up to it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.layers.attention import KVCache, StackCache, cached_length
-from jaxformer.layers.embed import Embed
+from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
 from jaxformer.models.transformer import TransformerConfig, empty_cache, refuse_for_decoder, stack
 from jaxformer.ops import attention, positions
@@ -34,7 +34,8 @@ class DecoderCache(NamedTuple):
         """Forgets the tokens from `lengths` on; in layers with a window, 15 tokens at most."""
 
         def shorter(cache: KVCache) -> KVCache:
-            return cache._replace(length=jnp.broadcast_to(lengths, cache.length.shape))
+            # An array for each layer, so that the cache can be donated.
+            return cache._replace(length=jnp.copy(jnp.broadcast_to(lengths, cache.length.shape)))
 
         if isinstance(self.blocks, KVCache):
             return DecoderCache(shorter(self.blocks))
@@ -57,6 +58,10 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             rows = config.max_length + config.position_offset
             self.places = Embed(rows, config.width)
+        if config.positions == "buckets":
+            self.bias = RelativeBias(
+                config.num_heads, config.num_buckets, config.max_distance, bidirectional=False
+            )
         if config.embed_norm:
             self.norm_in = config.make_norm()()
         self.blocks = stack(config, cross=False, name="blocks")
@@ -90,16 +95,20 @@ class Decoder(nn.Module):
         Raises:
             ValueError: If the text is longer than the table of learned positions.
         """
-        x = self.embedded(tokens, cache, positions)
+        x, length, bias = self.embedded(tokens, cache, positions), tokens.shape[1], None
+        if self.config.positions == "buckets":
+            keys = (length,) if cache is None else (_room(cache), cache.length)
+            bias = self.bias(length, *keys)
         if cache is None:
             causal = attention.causal()
             mask = causal if mask is None else causal & mask
-            x = self.blocks(x, mask, positions=positions, train=train)
+            x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
             return self.logits(x)
         causal = attention.causal(cache.length)
         x, blocks = self.blocks(
             x,
             causal if mask is None else causal & mask,
+            bias=bias,
             cache=cache.blocks,
             positions=positions,
             counts=counts,
@@ -115,7 +124,8 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if config.embed_scale != 1.0:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
-        if config.positions in ("learned", "sinusoidal") and places is None:
+        sinusoidal = config.positions in ("sinusoidal", "sinusoidal_halves")
+        if (sinusoidal or config.positions == "learned") and places is None:
             places = jnp.arange(length)
             if cache is not None:
                 places = cache.length[:, None] + places[None]
@@ -124,8 +134,9 @@ class Decoder(nn.Module):
                 raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
             learned = self.places(places + config.position_offset)
             x = x + (learned if learned.ndim == 3 else learned[None])
-        elif config.positions == "sinusoidal":
-            waves = positions.sinusoidal(places, config.width, dtype=x.dtype)
+        elif sinusoidal:
+            halves = config.positions == "sinusoidal_halves"
+            waves = positions.sinusoidal(places, config.width, halves=halves, dtype=x.dtype)
             x = x + (waves if waves.ndim == 3 else waves[None])
         return self.norm_in(x) if config.embed_norm else x
 
@@ -135,6 +146,8 @@ class Decoder(nn.Module):
         if config.final_norm:
             x = self.norm(x)
             self.sow("intermediates", "normed", x)
+        if config.logit_scale != 1.0:
+            x = x * jnp.asarray(config.logit_scale, x.dtype)
         logits = self.embed.logits(x) if config.tie_embeddings else self.head(x)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
@@ -153,3 +166,8 @@ class Decoder(nn.Module):
         if bound and max_length > bound:
             raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
         return DecoderCache(empty_cache(self.config, batch, max_length, dtype, by_row=True))
+
+
+def _room(cache: DecoderCache) -> int:
+    first: Any = cache.blocks if isinstance(cache.blocks, KVCache) else cache.blocks[0]
+    return first.keys.shape[-2]

@@ -5,11 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.embed import Embed
+from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
 from jaxformer.models.transformer import (
     ACTIVATIONS,
     TransformerConfig,
+    refuse_for_encoder,
     stack,
 )
 from jaxformer.ops import positions as ops_positions
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+        refuse_for_encoder(config)
         if config.positions == "alibi":
             raise NotImplementedError("the slopes of ALiBi are for looking back alone.")
         width = config.embed_width or config.width
@@ -43,6 +45,8 @@ class Encoder(nn.Module):
             self.places = Embed(config.max_length + config.position_offset, width)
         if config.token_types:
             self.types = Embed(config.token_types, width)
+        if config.positions == "buckets":
+            self.bias = RelativeBias(config.num_heads, config.num_buckets, config.max_distance)
         if config.embed_norm:
             self.norm_in = config.make_norm()()
         if config.embed_width is not None:
@@ -84,7 +88,10 @@ class Encoder(nn.Module):
                 given that the config does not have.
         """
         x = self.embedded(tokens, mask, token_types, positions)
-        x = self.blocks(x, mask, positions=positions, train=train)
+        bias = None
+        if self.config.positions == "buckets":
+            bias = self.bias(x.shape[1], x.shape[1])
+        x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
         return self.norm(x) if self.config.final_norm else x
 
     def pooled(

@@ -1,19 +1,74 @@
 """An encoder-decoder: writes one text while reading another."""
 
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import StackCache, cached_length
+from jaxformer.layers.attention import CrossCache, StackCache, cached_length
+from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
-from jaxformer.layers.norms import RMSNorm
 from jaxformer.models.encoder import Encoder
-from jaxformer.models.transformer import TransformerConfig, empty_cache, stack
-from jaxformer.ops import attention
+from jaxformer.models.transformer import (
+    TransformerConfig,
+    empty_cache,
+    refuse_for_encoder_decoder,
+    stack,
+)
+from jaxformer.ops import attention, positions
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, DTypeLike, Float, Int
+from jaxformer.typing import Array, Bool, DTypeLike, Float, Int
+
+
+class EncoderDecoderCache(NamedTuple):
+    """What is remembered of each source and of each target so far; rows grow each by itself.
+
+    Attributes:
+        blocks: Keys and values of the target, and once and for all those of the source.
+        source: Which tokens of the source exist.
+    """
+
+    blocks: StackCache
+    source: Bool[Array, "B S"]
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Tokens of each target so far."""
+        return cached_length(self.blocks)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a target has room for."""
+        first = self.blocks if isinstance(self.blocks, CrossCache) else self.blocks[0]
+        return first.own.keys.shape[-2]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def select(self, rows: Int[Array, "R"]) -> "EncoderDecoderCache":
+        """Takes rows of the batch, sources and targets, in any order and number."""
+        axis = 1 if isinstance(self.blocks, CrossCache) else 0
+        blocks = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), self.blocks)
+        return EncoderDecoderCache(blocks, jnp.take(self.source, rows, axis=0))
+
+    def rewind(self, lengths: Int[Array, "B"]) -> "EncoderDecoderCache":
+        """Forgets the targets' tokens from `lengths` on."""
+
+        def shorter(cache: CrossCache) -> CrossCache:
+            length = jnp.broadcast_to(lengths, cache.length.shape)
+            return cache._replace(own=cache.own._replace(length=length))
+
+        if isinstance(self.blocks, CrossCache):
+            return self._replace(blocks=shorter(self.blocks))
+        return self._replace(blocks=tuple(map(shorter, self.blocks)))  # pyright: ignore[reportArgumentType]
 
 
 class EncoderDecoder(nn.Module):
-    """An encoder and causal blocks that look at what it says; both share the embedding table.
+    """An encoder, and causal blocks that look at what it says; both share the embedding table.
+
+    For writing, `begin` reads the sources and `step` goes on with the targets:
+
+        cache = model.apply(params, source, mask, max_length=50, method="begin")
+        logits, cache = model.apply(params, tokens, cache, method="step")
 
     Attributes:
         config: Sizes of each half.
@@ -22,11 +77,27 @@ class EncoderDecoder(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config)
-        self.blocks = stack(self.config, cross=True, name="blocks")
-        self.norm = RMSNorm()
-        if not self.config.tie_embeddings:
-            self.head = Dense(self.config.vocab_size)
+        config = self.config
+        refuse_for_encoder_decoder(config)
+        self.encoder = Encoder(_first_half(config))
+        if config.decoder_vocab_size is not None:
+            self.embed = Embed(config.decoder_vocab_size, config.width)
+        if config.positions == "learned":
+            self.places = Embed(config.max_length + config.position_offset, config.width)
+        if config.positions == "buckets":
+            self.bias = RelativeBias(
+                config.num_heads, config.num_buckets, config.max_distance, bidirectional=False
+            )
+        if config.embed_norm:
+            self.norm_in = config.make_norm()()
+        self.blocks = stack(_second_half(config), cross=True, name="blocks")
+        if config.final_norm:
+            self.norm = config.make_norm()()
+        vocab_size = config.decoder_vocab_size or config.vocab_size
+        if not config.tie_embeddings:
+            self.head = Dense(vocab_size, config.head_bias)
+        elif config.head_bias:
+            self.head_bias = self.param("head_bias", nn.initializers.zeros, (vocab_size,))
 
     def __call__(
         self,
@@ -43,9 +114,12 @@ class EncoderDecoder(nn.Module):
             target: The text to write, from its start token on.
             source_mask: Which keys of the source exist, such as `key_lengths`; all if None.
             train: Turns dropout on; needs an rng named "dropout".
+
+        Raises:
+            ValueError: If a text is longer than the table of learned positions.
         """
         context = self.encode(source, source_mask, train=train)
-        return self.decode(target, context, source_mask, train=train)  # pyright: ignore[reportReturnType]
+        return self.decode(target, context, source_mask, train=train)
 
     def encode(
         self, source: Int[Array, "B S"], source_mask: Mask | None = None, *, train: bool = False
@@ -58,31 +132,133 @@ class EncoderDecoder(nn.Module):
         target: Int[Array, "B T"],
         context: Float[Array, "B S D"],
         source_mask: Mask | None = None,
-        cache: StackCache | None = None,
         *,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
-        """Predicts what follows each token; with a cache the new cache is returned too.
+    ) -> Float[Array, "B T V"]:
+        """Predicts what follows each token of the target, of which all is known.
 
         Args:
-            target: The text so far, or with a cache, what comes after it.
+            target: As for the call.
             context: From `encode`.
             source_mask: As for `encode`.
-            cache: From `empty_cache`.
             train: Turns dropout on; needs an rng named "dropout".
         """
-        mask = attention.causal(0 if cache is None else cached_length(cache))
-        x = self.encoder.embed(target)
+        length = target.shape[1]
+        bias = self.bias(length, length) if self.config.positions == "buckets" else None
         x = self.blocks(
-            x, mask, context=context, context_mask=source_mask, cache=cache, train=train
+            self.embedded(target, jnp.zeros((), jnp.int32)),
+            attention.causal(),
+            bias=bias,
+            context=context,
+            context_mask=source_mask,
+            train=train,
         )
-        x, *caches = x if cache is not None else (x,)
-        x = self.norm(x)
-        tied = self.config.tie_embeddings
-        logits = self.encoder.embed.logits(x) if tied else self.head(x)
-        return (logits, *caches) if caches else logits
+        return self.logits(x)
 
-    @nn.nowrap
-    def empty_cache(self, batch: int, max_length: int, dtype: DTypeLike = "float32") -> StackCache:
-        """Makes a cache for `batch` targets of up to `max_length` tokens."""
-        return empty_cache(self.config, batch, max_length, dtype)
+    def begin(
+        self,
+        source: Int[Array, "B S"],
+        source_mask: Mask | None = None,
+        *,
+        max_length: int,
+        dtype: DTypeLike = jnp.float32,
+    ) -> EncoderDecoderCache:
+        """Reads the sources, and makes a cache for targets of up to `max_length` tokens.
+
+        Args:
+            source: The text to read.
+            source_mask: Which keys of the source exist, the same for all queries.
+            max_length: Of the targets.
+            dtype: Of the cache.
+
+        Raises:
+            ValueError: If a text is longer than the table of learned positions.
+        """
+        config = self.config
+        if config.positions == "learned" and max_length > config.max_length:
+            raise ValueError(f"{max_length=} exceeds the {config.max_length} learned positions.")
+        batch, size = source.shape
+        exists = jnp.ones((batch, size), bool)
+        if source_mask is not None:
+            exists &= source_mask.dense(1, size)[:, 0, 0]
+        context = self.encode(source, source_mask)
+        empty = empty_cache(_second_half(config), batch, max_length, dtype, by_row=True)
+        blocks = CrossCache(empty) if config.scan else tuple(map(CrossCache, empty))  # pyright: ignore[reportArgumentType]
+        # A target of no tokens leaves nothing in the cache but the keys and values of the context.
+        nothing = jnp.zeros((batch, 0, config.width), context.dtype)
+        _, blocks = self.blocks(nothing, attention.causal(), context=context, cache=blocks)
+        blocks = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, blocks)
+        return EncoderDecoderCache(blocks, exists)
+
+    def step(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: EncoderDecoderCache,
+        counts: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], EncoderDecoderCache]:
+        """Predicts what follows each of the next tokens of the targets.
+
+        Args:
+            tokens: What comes after the targets so far, at first their start token.
+            cache: From `begin`, or from the last step.
+            counts: How many of the T tokens of each row are real; the logits of the others mean
+                nothing, and they leave no trace. All if None.
+        """
+        bias = None
+        if self.config.positions == "buckets":
+            bias = self.bias(tokens.shape[1], cache.max_length, cache.length)
+        x, blocks = self.blocks(
+            self.embedded(tokens, cache.length),
+            attention.causal(cache.length),
+            bias=bias,
+            context_mask=attention.explicit(cache.source[:, None, None]),
+            cache=cache.blocks,
+            counts=counts,
+        )
+        return self.logits(x), cache._replace(blocks=blocks)
+
+    def embedded(
+        self, tokens: Int[Array, "B T"], offset: Int[Array, ""] | Int[Array, "B"]
+    ) -> Float[Array, "B T D"]:
+        """What the first block reads of a target whose tokens stand from `offset` on."""
+        config, length = self.config, tokens.shape[1]
+        x = self._table()(tokens)
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        places = offset.reshape(-1, 1) + jnp.arange(length)[None]
+        if config.positions == "learned":
+            if length > config.max_length:
+                raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
+            x = x + self.places(places + config.position_offset)
+        elif config.positions in ("sinusoidal", "sinusoidal_halves"):
+            halves = config.positions == "sinusoidal_halves"
+            x = x + positions.sinusoidal(places, config.width, halves=halves, dtype=x.dtype)
+        return self.norm_in(x) if config.embed_norm else x
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores the next token from what the last block wrote."""
+        config = self.config
+        if config.final_norm:
+            x = self.norm(x)
+            self.sow("intermediates", "normed", x)
+        if config.logit_scale != 1.0:
+            x = x * jnp.asarray(config.logit_scale, x.dtype)
+        logits = self._table().logits(x) if config.tie_embeddings else self.head(x)
+        if config.tie_embeddings and config.head_bias:
+            logits = logits + self.head_bias.astype(x.dtype)[None, None]
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return logits
+
+    def _table(self) -> Embed:
+        return self.encoder.embed if self.config.decoder_vocab_size is None else self.embed
+
+
+def _first_half(config: TransformerConfig) -> TransformerConfig:
+    head = {"tie_embeddings": True, "head_bias": False, "logit_scale": 1.0}
+    return dataclasses.replace(config, **head, decoder_layers=None, decoder_vocab_size=None)
+
+
+def _second_half(config: TransformerConfig) -> TransformerConfig:
+    layers = config.decoder_layers or config.num_layers
+    return dataclasses.replace(config, num_layers=layers)

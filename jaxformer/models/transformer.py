@@ -266,8 +266,8 @@ class TransformerConfig:
         for name in ("decoder_layers", "decoder_vocab_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}.")
-        if self.positions == "buckets" and self.windows:
-            raise ValueError('positions="buckets" and windows do not go together.')
+        if self.windows and (self.positions == "buckets" or self.decoder_layers is not None):
+            raise ValueError('windows go with neither positions="buckets" nor decoder_layers.')
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):
@@ -296,13 +296,26 @@ _ENCODER_ALONE = ("pad_token", "token_types", "embed_width", "ahead", "head_tran
 
 def refuse_for_decoder(config: TransformerConfig) -> None:
     """Raises a NotImplementedError that names a choice that encoders alone know."""
-    for field in dataclasses.fields(TransformerConfig):
-        value = getattr(config, field.name)
-        alone = (*_ENCODER_ALONE, *_ENCODER_DECODER_ALONE)
-        if field.name in alone and value != field.default:
-            raise NotImplementedError(f"a decoder knows no {field.name}, got {value!r}.")
+    _refuse(config, "a decoder", (*_ENCODER_ALONE, *_ENCODER_DECODER_ALONE))
     if config.head_bias and config.tie_embeddings:
         raise NotImplementedError("a decoder whose embeddings are tied knows no head_bias.")
+
+
+def refuse_for_encoder(config: TransformerConfig) -> None:
+    """Raises a NotImplementedError that names a choice that encoder-decoders alone know."""
+    _refuse(config, "an encoder", _ENCODER_DECODER_ALONE)
+
+
+def refuse_for_encoder_decoder(config: TransformerConfig) -> None:
+    """Raises a NotImplementedError that names a choice that encoders alone know."""
+    _refuse(config, "an encoder-decoder", _ENCODER_ALONE)
+
+
+def _refuse(config: TransformerConfig, who: str, names: tuple[str, ...]) -> None:
+    for field in dataclasses.fields(TransformerConfig):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise NotImplementedError(f"{who} knows no {field.name}, got {value!r}.")
 
 
 def stack(config: TransformerConfig, *, cross: bool, name: str) -> Stack:
@@ -334,9 +347,7 @@ def block(config: TransformerConfig, layer: int, *, cross: bool) -> Make:
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     qk_norm = norm if config.qk_norm else None
     biases = {"use_bias": config.qkv_bias, "out_bias": config.out_bias}
-    crossing = functools.partial(
-        CrossAttention, *heads, norm=qk_norm, **biases, scale=config.scale
-    )
+    crossing = functools.partial(CrossAttention, *heads, norm=qk_norm, **biases, scale=config.scale)
     parts["cross"] = crossing if cross else None
     if layer == 0 and not config.first_norm:
         parts["attention_residual"] = functools.partial(NoNorm, **options)

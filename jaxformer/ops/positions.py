@@ -6,6 +6,7 @@ Rotary positions, which multiply, are in `rotary`.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
@@ -15,27 +16,44 @@ def sinusoidal(
     width: int,
     *,
     max_period: float = 10_000.0,
+    halves: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*B T {width}"]:
     """Makes sine and cosine waves of each position: sines in even channels, cosines in odd ones.
 
-    Pair `i` has the frequency `max_period**(-2i/D)` radians a token. Angles are in float32.
+    Pair `i` has the frequency `max_period**(-2i/D)` radians a token. The arithmetic is in float32,
+    and exact to its last digits up to position 4,096.
+
+    Args:
+        positions: In tokens.
+        width: D.
+        max_period: Ratio of the slowest wave to the first, whose frequency is 1.
+        halves: Puts all sines before all cosines.
+        dtype: Of the result.
 
     Raises:
         ValueError: If D (`width`) is odd or `max_period` is not positive.
 
     References:
         Vaswani et al. 2017, "Attention is all you need", section 3.5, as printed; the authors' code
-        puts all sines before all cosines. https://arxiv.org/abs/1706.03762
+        has `halves`. https://arxiv.org/abs/1706.03762
     """
     if width % 2 or max_period <= 0:
         raise ValueError(f"sinusoidal needs D even, max_period > 0; got D={width}, {max_period=}.")
-    frequency = max_period ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = jnp.expand_dims(positions, -1).astype(jnp.float32) * frequency.reshape(
-        (1,) * positions.ndim + (-1,)
+    frequency = max_period ** (-np.arange(0, width, 2) / width)
+    # A position times the first 12 bits of a frequency is exact; the rest makes a small angle.
+    step = 2.0 ** (np.frexp(frequency)[1] - 12)
+    near = np.round(frequency / step) * step
+    at = jnp.expand_dims(positions, -1).astype(jnp.float32)
+    angle, rest = (
+        at * jnp.asarray(part, jnp.float32).reshape((1,) * positions.ndim + (-1,))
+        for part in (near, frequency - near)
     )
-    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return waves.reshape(*positions.shape, width).astype(dtype)
+    sines = jnp.sin(angle) * jnp.cos(rest) + jnp.cos(angle) * jnp.sin(rest)
+    cosines = jnp.cos(angle) * jnp.cos(rest) - jnp.sin(angle) * jnp.sin(rest)
+    if halves:
+        return jnp.concatenate([sines, cosines], axis=-1).astype(dtype)
+    return jnp.stack([sines, cosines], axis=-1).reshape(*positions.shape, width).astype(dtype)
 
 
 def lookup(

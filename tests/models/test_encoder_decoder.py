@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxformer import testing
-from jaxformer.layers.stack import stack_parameters
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention
@@ -58,29 +57,99 @@ def test_the_target_sees_all_of_the_source_but_its_padding(logits):
         assert changed.tolist() == [place < length for length in LENGTHS.tolist()]
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_logits_are_the_uncached_ones(variables, logits, scan):
-    model = EncoderDecoder(dataclasses.replace(CONFIG, scan=scan))
-    if scan:
-        parameters = variables["params"]
-        encoder = parameters["encoder"]
-        encoder = encoder | {"blocks": stack_parameters(encoder["blocks"])}
-        blocks = stack_parameters(parameters["blocks"])
-        variables = {"params": parameters | {"encoder": encoder, "blocks": blocks}}
+BUCKETS = dataclasses.replace(
+    CONFIG, positions="buckets", num_buckets=4, max_distance=7, decoder_layers=1
+)
+WRITERS = {
+    "unrolled": CONFIG,
+    "scanned": dataclasses.replace(CONFIG, scan=True, positions="buckets", num_buckets=4),
+    "buckets": BUCKETS,
+    "learned": dataclasses.replace(
+        CONFIG, positions="learned", max_length=8, qk_norm=True, decoder_vocab_size=13
+    ),
+    "sinusoidal": dataclasses.replace(CONFIG, positions="sinusoidal_halves", order="post"),
+}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def writer(request, draw):
+    """A model, its variables, all logits, and its begin and step."""
+    model = EncoderDecoder(WRITERS[request.param])
+    variables = draw(model, SOURCE, TARGET)
     mask = attention.key_lengths(LENGTHS)
-    encode = jax.jit(lambda: model.apply(variables, SOURCE, mask, method="encode"))
-    step = jax.jit(
-        lambda context, tokens, cache: model.apply(
-            variables, tokens, context, mask, cache, method="decode"
-        )
-    )
-    context, cache, found = encode(), model.empty_cache(B, T), []
-    for part in (TARGET[:, :2], TARGET[:, 2:3], TARGET[:, 3:]):
-        new, cache = step(context, part, cache)
-        found.append(new)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), logits(SOURCE), atol=1e-5)
-    more, _ = step(context, TARGET[:, :1], cache)
-    assert np.isnan(more).all()  # the cache is full
+    whole = jax.jit(model.apply)(variables, SOURCE, TARGET, mask)
+    begin = functools.partial(model.apply, max_length=4, method="begin")
+    step = jax.jit(functools.partial(model.apply, variables, method="step"))
+    return np.asarray(whole), jax.jit(begin)(variables, SOURCE, mask), step
+
+
+def test_cached_logits_are_the_uncached_ones_and_rows_grow_each_by_itself(writer):
+    whole, cache, step = writer
+    assert (cache.max_length, cache.length.tolist()) == (4, [0, 0, 0])
+    for counts in ([2, 1, 0], [1, 2, 2], [1, 1, 2]):
+        places = np.asarray(cache.length)[:, None] + np.arange(2)
+        new = np.take_along_axis(np.asarray(TARGET), np.minimum(places, T - 1), axis=1)
+        logits, cache = step(new, cache, jnp.array(counts))
+        for row, count in enumerate(counts):
+            expected = whole[row, places[row, :count]]
+            np.testing.assert_allclose(logits[row, :count], expected, atol=1e-5)
+    assert cache.length.tolist() == [4, 4, 4]
+    logits, _ = step(TARGET[:, :2], cache, jnp.array([1, 0, 0]))
+    assert np.isnan(logits[0]).all()  # its cache was full
+
+
+def test_rows_are_selected_and_rewound_with_their_sources(writer):
+    whole, cache, step = writer
+    _, cache = step(TARGET[:, :2], cache, jnp.array([2, 2, 1]))
+    rows, lengths = jnp.array([2, 0, 0]), jnp.array([1, 1, 0])
+    cache = cache.select(rows).rewind(lengths)
+    assert cache.length.tolist() == lengths.tolist()
+    new = TARGET[rows[:, None], lengths[:, None] + jnp.arange(2)[None]]
+    logits, cache = step(new, cache, jnp.array([2, 2, 2]))
+    for i in range(2):
+        np.testing.assert_allclose(logits[:, i], whole[rows, lengths + i], atol=1e-5)
+
+
+def test_the_keys_and_values_of_the_source_are_made_once(draw):
+    variables = draw(MODEL, SOURCE, TARGET)
+    begin = functools.partial(MODEL.apply, max_length=7, method="begin")
+    cache = jax.eval_shape(begin, variables, SOURCE)
+    step = functools.partial(MODEL.apply, method="step")
+    written = jax.make_jaxpr(step)(variables, TARGET[:, :1], cache)
+    dots = [eqn for eqn in written.eqns if eqn.primitive.name == "dot_general"]
+    assert not any(eqn.invars[0].aval.shape == (B, S, CONFIG.width) for eqn in dots)
+
+
+def test_either_half_has_its_number_of_layers_and_its_vocabulary():
+    config = dataclasses.replace(CONFIG, decoder_layers=1, decoder_vocab_size=13, head_bias=True)
+    for tied in (False, True):
+        model = EncoderDecoder(dataclasses.replace(config, tie_embeddings=tied))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), SOURCE, TARGET)["params"]
+        assert {*shapes["encoder"]["blocks"]} == {"layers_0", "layers_1"}
+        assert {*shapes["blocks"]} == {"layers_0"}
+        assert {*shapes["encoder"]} == {"embed", "blocks", "norm"}
+        assert shapes["encoder"]["embed"]["table"].shape[0] == V
+        assert shapes["embed"]["table"].shape[0] == 13
+        bias = shapes["head_bias"] if tied else shapes["head"]["bias"]
+        assert bias.shape == (13,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("token_types", 2), ("pooler", True), ("embed_width", 2)]
+)
+def test_what_encoders_alone_know_is_refused(field, value):
+    model = EncoderDecoder(dataclasses.replace(CONFIG, **{field: value}))
+    with pytest.raises(NotImplementedError, match=f"an encoder-decoder knows no {field}"):
+        jax.eval_shape(model.init, jax.random.key(0), SOURCE, TARGET)
+
+
+def test_targets_longer_than_the_positions_are_refused(draw):
+    model = EncoderDecoder(WRITERS["learned"])
+    variables = draw(model, SOURCE, TARGET)
+    with pytest.raises(ValueError, match="max_length=9 exceeds the 8"):
+        model.apply(variables, SOURCE, max_length=9, method="begin")
+    with pytest.raises(ValueError, match="T=9 exceeds the 8"):
+        model.apply(variables, SOURCE, jnp.zeros((B, 9), int))
 
 
 def test_tied_embeddings_serve_source_target_and_logits(draw):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder import Encoder
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import ExpertsConfig, LatentConfig, TransformerConfig
 from jaxformer.ops.rope import Rope
 
@@ -57,6 +58,11 @@ CHANGES = {
     "sinks": True,
     "embed_scale": 2.0,
     "embed_norm": True,
+    "num_buckets": 4,
+    "max_distance": 20,
+    "logit_scale": 0.5,
+    "decoder_layers": 1,
+    "decoder_vocab_size": 9,
     "experts": ExpertsConfig(2, 1, 3),
     "latent": LatentConfig(4, None, 3, 5),
 }
@@ -69,10 +75,13 @@ WITH = {
     "ahead": {"windows": (2, None)},
     "local_rope": {"windows": (2, None)},
     "head_bias": {"tie_embeddings": False},
+    "num_buckets": {"positions": "buckets"},
+    "max_distance": {"positions": "buckets"},
 }
 
 
 OF_ENCODERS = ("embed_width", "pad_token", "token_types", "ahead", "head_transform")
+OF_BOTH_HALVES = ("decoder_layers", "decoder_vocab_size")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,7 @@ def test_equal_configs_give_the_same_program(program, plain):
 FIELDS = [field.name for field in dataclasses.fields(CONFIG)]
 
 
-@pytest.mark.parametrize("field", sorted({*FIELDS} - {*OF_ENCODERS, "pooler"}))
+@pytest.mark.parametrize("field", sorted({*FIELDS} - {*OF_ENCODERS, *OF_BOTH_HALVES, "pooler"}))
 def test_every_field_is_read(program, plain, field):
     if field in WITH:
         plain = program(Decoder(dataclasses.replace(CONFIG, **WITH[field])), TOKENS)
@@ -103,6 +112,31 @@ def test_every_field_of_encoders_is_read_by_them_and_refused_by_decoders(program
     assert one != other
     with pytest.raises(NotImplementedError, match=f"a decoder knows no {field}"):
         program(Decoder(dataclasses.replace(CONFIG, **{field: CHANGES[field]})), TOKENS)
+
+
+@pytest.mark.parametrize("field", OF_BOTH_HALVES)
+def test_every_field_of_encoder_decoders_is_read_by_them_and_refused_by_others(program, field):
+    changed = dataclasses.replace(CONFIG, **{field: CHANGES[field]})
+    one, other = (program(EncoderDecoder(x), TOKENS, TOKENS) for x in (CONFIG, changed))
+    assert one != other
+    for kind, who in ((Decoder, "a decoder"), (Encoder, "an encoder")):
+        with pytest.raises(NotImplementedError, match=f"{who} knows no {field}"):
+            program(kind(changed), TOKENS)
+
+
+@pytest.mark.parametrize("positions", ["buckets", "sinusoidal", "sinusoidal_halves"])
+def test_each_kind_of_positions_is_one_of_all_three_skeletons(program, positions):
+    changed = dataclasses.replace(CONFIG, positions=positions)
+    none = dataclasses.replace(CONFIG, positions="none")
+    for kind, count in ((Decoder, 1), (Encoder, 1), (EncoderDecoder, 2)):
+        one, other = (program(kind(x), *[TOKENS] * count) for x in (none, changed))
+        assert one != other
+
+
+@pytest.mark.parametrize("other", [{"positions": "buckets"}, {"decoder_layers": 1}])
+def test_windows_go_with_neither_buckets_nor_two_depths(other):
+    with pytest.raises(ValueError, match="windows go with neither"):
+        dataclasses.replace(CONFIG, windows=(2, 2), **other)
 
 
 def test_a_pooler_is_of_encoders(program):

@@ -9,12 +9,15 @@ from jaxformer.ops import positions
 
 
 def test_sinusoids_are_the_printed_formula():
-    at = np.array([[0, 1, 2], [9, 40, 500]])
+    at = np.array([[0, 1, 2], [9, 40, 500], [1023, 3999, 4096]])
     table = positions.sinusoidal(jnp.asarray(at), 10)
+    halves = positions.sinusoidal(jnp.asarray(at), 10, halves=True)
     for pair in range(5):
         angle = at / 10_000 ** (2 * pair / 10)
-        np.testing.assert_allclose(table[..., 2 * pair], np.sin(angle), atol=5e-5)
-        np.testing.assert_allclose(table[..., 2 * pair + 1], np.cos(angle), atol=5e-5)
+        for found in (table[..., 2 * pair], halves[..., pair]):
+            np.testing.assert_allclose(found, np.sin(angle), atol=4e-7)
+        for found in (table[..., 2 * pair + 1], halves[..., 5 + pair]):
+            np.testing.assert_allclose(found, np.cos(angle), atol=4e-7)
 
 
 def test_sinusoids_of_a_distance_are_a_rotation():
