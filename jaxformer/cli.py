@@ -1,4 +1,4 @@
-"""The command line: `jaxformer tokenizer ...` and `jaxformer preflight kernels`.
+"""The command line: `jaxformer generate`, `inspect`, `tokenizer`, `cost`, `preflight`.
 
 A command is imported when it is called for, so that those of tokenizers load no JAX. A user's
 mistake is one line on standard error and exit code 2, an interrupt is 130 without a traceback, and
@@ -6,16 +6,21 @@ a pipe that closes, as before `head`, ends the program quietly with 141.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import BinaryIO
 
-USAGE = """usage: jaxformer tokenizer {train,encode,decode,card,convert} [--help] ...
+USAGE = """usage: jaxformer generate FOLDER --prompt TEXT [--help] ...
+       jaxformer inspect FOLDER [--help] ...
+       jaxformer tokenizer {train,encode,decode,card,convert} [--help] ...
+       jaxformer cost [--help] ...
        jaxformer preflight kernels [--help] ...
        jaxformer --version
 """
+COMMANDS = ("cost", "generate", "inspect", "preflight", "tokenizer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +55,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
-    if words[:1] not in (["tokenizer"], ["preflight"]):
+    if not words or words[0] not in COMMANDS:
         named = f"there is no command {words[0]!r}" if words else "which command?"
         print(f"jaxformer: {named}\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        if words[0] == "tokenizer":
-            from jaxformer.commands import tokenizer as command
-        else:
-            from jaxformer.commands import preflight as command
+        command = importlib.import_module(f"jaxformer.commands.{words[0]}")
         code = command.run(words[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -59,7 +59,7 @@ def load(
     model = kind.model(config)
     shapes = parameter_shapes(kind, model)
     files = tensors.Tensors(folder)
-    rules = _named(kind, list(kind.rules(config)), files)
+    rules = match(kind, list(kind.rules(config)), files)
     params, wrong = {}, []
     for rule in rules:
         try:
@@ -106,7 +106,7 @@ def save(
     flat = traverse_util.flatten_dict(params["params"], sep="/")
     rules = {rule.ours: rule for rule in kind.rules(model.config)}  # pyright: ignore[reportAttributeAccessIssue]
     shapes = parameter_shapes(kind, model)
-    if wrong := [name for name in {*flat} ^ {*rules} ^ ({*rules} - {*rules})]:
+    if wrong := [name for name in {*flat} ^ {*rules}]:
         raise ValueError(f"these are no parameters of the model, or are missing: {sorted(wrong)}.")
     made: dict[str, np.ndarray] = {}
     for name, rule in rules.items():
@@ -137,7 +137,7 @@ def parameter_shapes(kind: Family, model: nn.Module) -> dict[str, jax.ShapeDtype
     return traverse_util.flatten_dict(made["params"], sep="/")
 
 
-def _named(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]:
+def match(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]:
     """The rules with the names that the files have, which must be just those."""
     names = files.names()
     wanted = [name for rule in rules for name in rule.theirs]
@@ -182,7 +182,7 @@ def _speaker(model: nn.Module, model_type: str | None) -> tuple[Family, dict[str
             if kind.read(again) == config:
                 again.finish()
                 return kind, settings
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
             continue
     known = [*MODULES] if model_type is None else model_type
     raise ValueError(f"{known} cannot say what the model's config says: {config}.")
