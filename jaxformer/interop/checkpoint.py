@@ -1,5 +1,6 @@
 """Loads and saves a model as a folder that Hugging Face transformers reads and writes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -133,13 +134,15 @@ def save(
 def parameter_shapes(kind: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of a model by path, without making them."""
     tokens = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kind.example]
-    made = jax.eval_shape(model.init, jax.random.key(0), *tokens)
+    init = functools.partial(model.init, method=kind.method(model.config))  # pyright: ignore[reportAttributeAccessIssue]
+    made = jax.eval_shape(init, jax.random.key(0), *tokens)
     return traverse_util.flatten_dict(made["params"], sep="/")
 
 
 def match(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]:
     """The rules with the names that the files have, which must be just those."""
-    names = files.names()
+    places = {_renamed(kind, name): name for name in files.names()}
+    names = {*places}
     wanted = [name for rule in rules for name in rule.theirs]
     bare = kind.prefix and not any(name.startswith(kind.prefix) for name in names)
 
@@ -152,15 +155,25 @@ def match(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]
     for one, other in kind.tied:
         one, other = named(one), named(other)
         if one in surplus and other in names:
-            if not np.array_equal(files.read(one), files.read(other)):
-                raise ValueError(f"{files.place(one)}: {one} is not {other}, though they are tied.")
+            if not np.array_equal(files.read(places[one]), files.read(places[other])):
+                raise ValueError(
+                    f"{files.place(places[one])}: {one} is not {other}, though they are tied."
+                )
             surplus.discard(one)
     missing = given - names
     if missing or surplus:
         said = [f"missing: {sorted(missing)}"] * bool(missing)
         said += [f"surplus: {sorted(surplus)}"] * bool(surplus)
         raise ValueError(f"{files.folder}: the tensors are not the model's; {'; '.join(said)}.")
-    return [Rule(x.ours, tuple(map(named, x.theirs)), x.take, x.give) for x in rules]
+    return [
+        Rule(x.ours, tuple(places[named(name)] for name in x.theirs), x.take, x.give) for x in rules
+    ]
+
+
+def _renamed(kind: Family, name: str) -> str:
+    for pattern, other in kind.renamed:
+        name = re.sub(pattern, other, name)
+    return name
 
 
 def _place(sharding: Sharding | None, path: str, shape: tuple[int, ...]) -> Any:

@@ -27,6 +27,11 @@ MODULES = {
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3_text": "gemma",
+    "bert": "bert",
+    "roberta": "bert",
+    "albert": "bert",
+    "modernbert": "modernbert",
+    "esm": "esm",
 }
 
 
@@ -46,6 +51,8 @@ class Family:
         tied: Tensors that a checkpoint may have though they are tied to another one: name of the
             one and of the other.
         unused: Patterns of tensors that say nothing of what the model computes.
+        method: The method of the model that makes all parameters of a config.
+        renamed: Patterns of names in some checkpoints, and what stands for them in the rules.
     """
 
     model_type: str
@@ -58,6 +65,8 @@ class Family:
     prefix: str = "model."
     tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    method: Callable[[Any], str] = lambda config: "__call__"
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def family(model_type: str, where: str) -> Family:
