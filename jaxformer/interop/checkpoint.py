@@ -1,5 +1,6 @@
 """Loads and saves a model as a folder that Hugging Face transformers reads and writes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -57,9 +58,10 @@ def load(
     kind = family(settings.take("model_type"), settings.where)
     config = kind.read(settings)
     settings.finish()
+    files = tensors.Tensors(folder)
+    config = kind.amend(config, files)
     model = kind.model(config)
     shapes = parameter_shapes(kind, model)
-    files = tensors.Tensors(folder)
     rules = match(kind, list(kind.rules(config)), files)
     params, wrong = {}, []
     for rule in rules:
@@ -160,14 +162,16 @@ def match(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]
                     f"{files.place(places[one])}: {one} is not {other}, though they are tied."
                 )
             surplus.discard(one)
-    missing = given - names
+    missing = {named(name) for rule in rules if not rule.optional for name in rule.theirs} - names
     if missing or surplus:
         said = [f"missing: {sorted(missing)}"] * bool(missing)
         said += [f"surplus: {sorted(surplus)}"] * bool(surplus)
         raise ValueError(f"{files.folder}: the tensors are not the model's; {'; '.join(said)}.")
-    return [
-        Rule(x.ours, tuple(places[named(name)] for name in x.theirs), x.take, x.give) for x in rules
-    ]
+
+    def there(rule: Rule) -> tuple[str, ...]:
+        return tuple(places[name] for name in map(named, rule.theirs) if name in names)
+
+    return [dataclasses.replace(rule, theirs=there(rule)) for rule in rules]
 
 
 def _renamed(kind: Family, name: str) -> str:

@@ -49,7 +49,7 @@ def _balance(s: Settings) -> None:
 
 
 def _read_mixtral(s: Settings) -> TransformerConfig:
-    found = {"rope": s.rope(1_000_000.0)[""]} | llama.sizes(s)
+    found: dict[str, Any] = {"rope": s.rope(1_000_000.0)[""]} | llama.sizes(s)
     _balance(s)
     experts = ExpertsConfig(
         s.take("num_local_experts", 8), s.take("num_experts_per_tok", 2), found["hidden"]
@@ -87,7 +87,7 @@ def _mixtral_mlp(config: TransformerConfig, ours: str, theirs: str) -> list[Rule
 
 
 def _read_gpt_oss(s: Settings) -> TransformerConfig:
-    found = {"rope": s.rope(150_000.0)[""]} | llama.sizes(s)
+    found: dict[str, Any] = {"rope": s.rope(150_000.0)[""]} | llama.sizes(s)
     _balance(s)
     experts = ExpertsConfig(
         s.take("num_local_experts", 128),

@@ -19,7 +19,7 @@ def _read(model_type: str, s: Settings) -> TransformerConfig:
     rope = ropes.get("full_attention") or ropes[""]
     local = ropes.get("sliding_attention") or (Rope(local_theta) if third else None)
     s.only("use_bidirectional_attention", None, False)
-    found = {"head_dim": 256} | llama.sizes(s)
+    found: dict[str, Any] = {"head_dim": 256} | llama.sizes(s)
     old, new = s.take("hidden_act", None), s.take("hidden_activation", None)
     act = Settings({"hidden_activation": new or old}, s.where)
     found |= {

@@ -88,7 +88,7 @@ def written_windows(config: TransformerConfig) -> dict[str, Any]:
 def _read(model_type: str, s: Settings) -> TransformerConfig:
     defaults = {"mistral": 1e-6, "olmo2": 1e-5, "apertus": 1e-5}
     theta = {"olmo2": 10_000.0, "apertus": 12_000_000.0}.get(model_type, 10_000.0)
-    found = {"rope": s.rope(theta)[""]} | sizes(s)
+    found: dict[str, Any] = {"rope": s.rope(theta)[""]} | sizes(s)
     found["epsilon"] = s.take("rms_norm_eps", defaults.get(model_type, 1e-6))
     found["tie_embeddings"] = s.take("tie_word_embeddings", False)
     act = "xielu" if model_type == "apertus" else "silu"
