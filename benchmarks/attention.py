@@ -104,7 +104,7 @@ def main(cfg: Config) -> None:
     peers = {"jaxformer": ours, "jax.nn xla": _jax_nn("xla")}
     if not cpu:
         peers["jax.nn cudnn"] = _jax_nn("cudnn")
-    work = {name: of_jax(attend, qkv, d_out) for name, attend in peers.items()}
+    work: dict[str, Any] = {name: of_jax(attend, qkv, d_out) for name, attend in peers.items()}
     if cpu:
         from jaxformer.training import mesh
 
@@ -148,9 +148,7 @@ def _jax_nn(implementation: Any):
 
 
 def _run(f, calls):
-    for _ in range(calls):
-        out = f()
-    jax.block_until_ready(out)
+    jax.block_until_ready([f() for _ in range(calls)][-1])
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def parameter_shapes(kind: Family, model: nn.Module) -> dict[str, jax.ShapeDtype
     tokens = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kind.example]
     init = functools.partial(model.init, method=kind.method(model.config))  # pyright: ignore[reportAttributeAccessIssue]
     made = jax.eval_shape(init, jax.random.key(0), *tokens)
-    return traverse_util.flatten_dict(made["params"], sep="/")
+    flat: Any = traverse_util.flatten_dict(made["params"], sep="/")
+    return flat
 
 
 def match(kind: Family, rules: list[Rule], files: tensors.Tensors) -> list[Rule]:

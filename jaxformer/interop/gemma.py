@@ -17,7 +17,7 @@ def _read(model_type: str, s: Settings) -> TransformerConfig:
     local_theta = s.take("rope_local_base_freq", 10_000.0) if third else None
     ropes = s.rope(1_000_000.0 if third else 10_000.0)
     rope = ropes.get("full_attention") or ropes[""]
-    local = ropes.get("sliding_attention") or (Rope(local_theta) if third else None)
+    local = ropes.get("sliding_attention") or (Rope(float(local_theta)) if local_theta else None)
     s.only("use_bidirectional_attention", None, False)
     found: dict[str, Any] = {"head_dim": 256} | llama.sizes(s)
     old, new = s.take("hidden_act", None), s.take("hidden_activation", None)
