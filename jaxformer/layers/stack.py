@@ -88,7 +88,7 @@ class Stack(nn.Module):
             body = nn.remat(body, prevent_cse=not self.scan, policy=self.policy)
         depths = np.linspace(1.0, 0.0, self.num_layers, dtype=np.float32)[::-1]
         if self.scan:
-            axes = {"intermediates": 0, "attention": 0}
+            axes: Any = {"intermediates": 0, "attention": 0}
             scanned = nn.scan(
                 body,
                 variable_axes=axes if shared else axes | {"params": 0},

@@ -33,7 +33,7 @@ class DecoderCache(NamedTuple):
     def rewind(self, lengths: Int[Array, "B"]) -> "DecoderCache":
         """Forgets the tokens from `lengths` on; in layers with a window, 15 tokens at most."""
 
-        def shorter(cache: KVCache) -> KVCache:
+        def shorter(cache: Any) -> KVCache:
             # An array for each layer, so that the cache can be donated.
             return cache._replace(length=jnp.copy(jnp.broadcast_to(lengths, cache.length.shape)))
 
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         """
         x, length, bias = self.embedded(tokens, cache, positions), tokens.shape[1], None
         if self.config.positions == "buckets":
-            keys = (length,) if cache is None else (_room(cache), cache.length)
+            keys: Any = (length,) if cache is None else (_room(cache), cache.length)
             bias = self.bias(length, *keys)
         if cache is None:
             causal = attention.causal()
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         if config.embed_scale != 1.0:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         sinusoidal = config.positions in ("sinusoidal", "sinusoidal_halves")
-        if (sinusoidal or config.positions == "learned") and places is None:
+        if places is None:
             places = jnp.arange(length)
             if cache is not None:
                 places = cache.length[:, None] + places[None]
