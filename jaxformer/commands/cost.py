@@ -1,0 +1,192 @@
+"""The command `jaxformer cost`."""
+
+import json as json_format
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxformer.analysis import cost as costs
+from jaxformer.models.transformer import TransformerConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Windows = Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS [TOKENS ...]")]
+_OPERATIONS = {
+    "forward": "forward",
+    "forward_causal": "its causal part",
+    "backward": "backward",
+    "decode": "a token more",
+}
+_BYTES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "moments": "AdamW's two moments",
+    "activations": "activations that training keeps",
+    "cache": "cache of keys and values",
+}
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints what a decoder costs.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: If the sizes do not go together.
+        SystemExit: If the arguments are none, with code 2, or ask for help.
+    """
+    return tyro.cli(
+        cost,
+        prog="jaxformer cost",
+        args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def cost(
+    *,
+    width: int = 768,
+    layers: int = 12,
+    heads: int = 12,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    hidden: int | None = None,
+    vocab_size: int = 50257,
+    gated: bool = False,
+    untied: bool = False,
+    biases: bool = False,
+    qk_norm: bool = False,
+    norm: Literal["rms", "layer", "layer_without_bias"] = "layer",
+    order: Literal["pre", "post", "sandwich", "branch", "parallel"] = "pre",
+    learned_positions: int = 0,
+    windows: Windows = (),
+    remat: bool = False,
+    context: int = 1024,
+    batch: int = 1,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> int:
+    """Counts parameters, operations and memory of a decoder, without running it.
+
+    Operations are those of matrix products, a multiplication and an addition each counting one, on
+    all texts: of dense attention, which multiplies every pair of tokens; of its causal part, the
+    pairs that see each other; and of one token more with a cache for the whole context.
+
+    Args:
+        width: Channels of the stream, D.
+        layers: Blocks.
+        heads: Of queries, N.
+        kv_heads: Of keys and values; by default as many as of queries.
+        head_dim: Channels of a head; by default the width divided by the heads.
+        hidden: Channels of the MLP; by default four times the width.
+        vocab_size: Tokens, V.
+        gated: Whether one half of the MLP's first map gates the other.
+        untied: Whether the logits have weights of their own.
+        biases: Whether maps but the head have biases.
+        qk_norm: Whether queries and keys are normalised.
+        norm: Kind of the norms.
+        order: Where norms stand.
+        learned_positions: Rows of a table of positions; 0 for positions that are not learned.
+        windows: Tokens that each may look at, layer by layer and again from the first on; 0 for
+            all.
+        remat: Whether training computes each block again.
+        context: Tokens of a text, T, and of the cache.
+        batch: Texts.
+        dtype: Of parameters, activations and cache.
+        json: Numbers for programs, in place of the tables.
+    """
+    for name, value in (("context", context), ("batch", batch), ("heads", heads)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if head_dim is None:
+        if width % heads:
+            raise ValueError(f"--width {width} is no multiple of --heads {heads}: say --head-dim.")
+        head_dim = width // heads
+    if 0 < learned_positions < context:
+        raise ValueError(f"--context {context} exceeds --learned-positions {learned_positions}.")
+    looks = [windows[layer % len(windows)] or None for layer in range(layers)] if windows else []
+    config = TransformerConfig(
+        vocab_size,
+        width,
+        layers,
+        heads,
+        heads if kv_heads is None else kv_heads,
+        head_dim,
+        4 * width if hidden is None else hidden,
+        qk_norm=qk_norm,
+        tie_embeddings=not untied,
+        remat=remat,
+        norm=norm,
+        order=order,
+        positions="learned" if learned_positions else "none",
+        max_length=learned_positions,
+        windows=tuple(looks),
+        gated=gated,
+        qkv_bias=biases,
+        out_bias=biases,
+        mlp_bias=biases,
+    )
+    found = counts(config, context, batch, dtype)
+    if json:
+        print(json_format.dumps(found, indent=2))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in tables(found, context, batch, dtype):
+        console.print(table)
+    print(
+        f"Scores of attention cost as much as its projections at {found['crossover']:,.0f} tokens."
+    )
+    return 0
+
+
+def counts(config: TransformerConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
+    """All figures: by part where they have parts, with their total."""
+
+    def named(parts: costs.Parts) -> dict[str, int]:
+        return {**vars(parts), "total": parts.total}
+
+    return {
+        "parameters": named(costs.parameters(config)),
+        "operations": {
+            "forward": named(costs.forward(config, context, batch)),
+            "forward_causal": named(costs.forward(config, context, batch, causal=True)),
+            "backward": named(costs.backward(config, context, batch)),
+            "decode": named(costs.decode(config, context, batch)),
+        },
+        "bytes": costs.training_bytes(config, dtype=dtype)
+        | {"activations": costs.activation_bytes(config, context, batch, dtype=dtype).total}
+        | {"cache": costs.cache_bytes(config, context, batch, dtype=dtype)},
+        "crossover": costs.crossover(config),
+    }
+
+
+def tables(found: dict[str, Any], context: int, batch: int, dtype: str) -> list[Table]:
+    """Draws parameters and operations by part, and bytes."""
+    texts = "a text" if batch == 1 else f"{batch:,} texts"
+    parts = Table(title=f"Operations on {texts} of {context:,} tokens")
+    parts.add_column("")
+    parts.add_column("parameters", justify="right")
+    for heading in _OPERATIONS.values():
+        parts.add_column(heading, justify="right")
+    for name in found["parameters"]:
+        shown = [f"{found['parameters'][name]:,}"]
+        shown += [short(found["operations"][each][name]) for each in _OPERATIONS]
+        parts.add_row(name, *shown, end_section=name == "head")
+    memory = Table("", "bytes", title=f"Memory, {dtype}")
+    memory.columns[1].justify = "right"
+    for name, told in _BYTES.items():
+        memory.add_row(told, short(found["bytes"][name]) + "B")
+    return [parts, memory]
+
+
+def short(number: int) -> str:
+    """Writes a number with four digits and a unit of thousands."""
+    for size, unit in _UNITS:
+        if number >= size:
+            return f"{number / size:#.4g} {unit}"
+    return f"{number} "

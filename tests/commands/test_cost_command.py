@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from jaxformer import cli
+
+GPT2 = ("--biases", "--learned-positions", "1024")
+
+
+@pytest.fixture
+def cost(capsys):
+    """Runs the command: exit code, standard output and error."""
+
+    def run(*arguments):
+        code = cli.main(["cost", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_tables_hold_gpt2s_parameters_operations_and_bytes(cost):
+    code, out, err = cost(*GPT2)
+    assert (code, err) == (0, "")
+    row = next(line for line in out.splitlines() if "total" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "total",
+        "124,439,808",
+        "291.6 G",
+        "272.3 G",
+        "583.3 G",
+        "284.8 M",
+    ]
+    assert "497.8 MB" in out
+    assert "at 1,536 tokens" in out
+
+
+def test_json_holds_the_same_numbers(cost):
+    code, out, _ = cost(*GPT2, "--json", "--batch", "3", "--dtype", "bfloat16")
+    found = json.loads(out)
+    assert code == 0
+    assert found["parameters"]["total"] == 124_439_808
+    assert sum(found["parameters"].values()) == 2 * 124_439_808
+    assert found["operations"]["backward"]["total"] == 2 * found["operations"]["forward"]["total"]
+    assert found["bytes"]["cache"] == 2 * 12 * 768 * 3 * 1024 * 2
+
+
+def test_windows_repeat_over_the_layers(cost):
+    def cache(*arguments):
+        return json.loads(cost(*arguments, "--layers", "4", "--json")[1])["bytes"]["cache"]
+
+    assert cache("--windows", "0", "113") == cache() * (1024 + 113 + 15) // (2 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--width", "100", "--heads", "7"), "--width 100 is no multiple of --heads 7"),
+        (("--heads", "0"), "--heads must be at least 1, got 0"),
+        (("--heads", "12", "--kv-heads", "5"), "N=12 is not a multiple of K=5"),
+        (("--layers", "0"), "num_layers must be positive, got 0"),
+        (("--context", "9", "--learned-positions", "8"), "--context 9 exceeds"),
+        (("--windows", "-1"), "windows must be positive"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_one_line(cost, arguments, told):
+    code, out, err = cost(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("jaxformer: ")
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_a_word_that_is_no_flag_gives_2(cost):
+    with pytest.raises(SystemExit) as stopped:
+        cost("--depth", "3")
+    assert stopped.value.code == 2
