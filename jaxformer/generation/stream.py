@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.generation import loop, stops
@@ -51,7 +50,7 @@ def stream(
                 token for chunk in chunks for token in chunk.tokens[row, : chunk.counts[row]]
             )
 
-        write = jax.tree_util.Partial(decode, params)  # decode(params, tokens, cache, counts)
+        write = jax.tree_util.Partial(model.apply, params)
         for piece in text(tokenizer, stream(write, cache, prompt, ...)):
             print(piece, end="", flush=True)
 
@@ -110,8 +109,7 @@ def _start(
     rules: loop.Rules,
 ) -> tuple[loop.State, Array]:
     state, tokens, _ = loop.start(decode, cache, prompt, lengths, left, key, rules)
-    # The state is donated from here on; a copy, lest it be the caller's own arrays.
-    return jax.tree.map(jnp.copy, state), tokens[:, None]
+    return state, tokens[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("every", "rules"), donate_argnames=("state",))

@@ -161,7 +161,7 @@ def uncached(model, make_toy):
         (False, -0.7, (3, 11)),
         (True, 1.0, (3, 11)),
         (True, -0.7, 3),
-        ("never", 0.5, (3, 11)),
+        ("never", 1.0, (2, 6)),
         ("never", -0.7, 3),
     ],
 )
@@ -171,7 +171,7 @@ def test_beams_are_those_of_transformers(gpt2, make_toy, early_stopping, length_
     step, cache = uncached(gpt2, make_toy)
     prompt = np.random.default_rng(0).integers(4, 11, (3, 4), np.int32)
     rules = {"num_beams": 3, "length_penalty": length_penalty, "early_stopping": early_stopping}
-    search = functools.partial(beam_search, step, steps=8, stop=stop, pad=5, **rules)
+    search = functools.partial(beam_search, step, steps=8, stop=stop, pad=16, **rules)
     ours = jax.device_get(jax.jit(search)(cache, prompt))
     theirs = gpt2.generate(
         torch.tensor(prompt, dtype=torch.long),
@@ -179,7 +179,7 @@ def test_beams_are_those_of_transformers(gpt2, make_toy, early_stopping, length_
         max_new_tokens=8,
         num_return_sequences=3,
         eos_token_id=[stop] if isinstance(stop, int) else list(stop),
-        pad_token_id=5,
+        pad_token_id=16,
         return_dict_in_generate=True,
         output_scores=True,
         **rules,
@@ -187,7 +187,7 @@ def test_beams_are_those_of_transformers(gpt2, make_toy, early_stopping, length_
     expected = theirs.sequences.numpy().reshape(3, 3, -1)
     width = expected.shape[-1]
     np.testing.assert_array_equal(ours.tokens[..., :width], expected)
-    assert (ours.tokens[..., width:] == 5).all()
+    assert (ours.tokens[..., width:] == 16).all()
     scores = theirs.sequences_scores.numpy().reshape(3, 3)
     np.testing.assert_allclose(ours.scores, scores, rtol=1e-4)
     assert len(set(ours.lengths.ravel().tolist())) > 1, "texts end at stops"

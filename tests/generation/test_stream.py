@@ -93,6 +93,7 @@ def test_the_stream_is_what_complete_writes_and_compiles_once(toy, expected):
                 compiled = len(traces)
         assert len(traces) == compiled
     assert int(cache.length.sum()) == 0, "the caller's cache is neither changed nor donated"
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((cache, changed[:3])))
 
 
 def test_tokens_come_before_the_text_is_done(toy):
