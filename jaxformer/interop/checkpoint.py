@@ -192,9 +192,9 @@ def _speaker(model: nn.Module, model_type: str | None) -> tuple[Family, dict[str
     config = getattr(model, "config", None)
     for name in MODULES if model_type is None else [model_type]:
         kind = family(name, "save")
-        if type(kind.model(config)) is not type(model) if config is not None else True:
-            continue
         try:
+            if config is None or type(kind.model(config)) is not type(model):
+                continue
             settings = kind.write(config)
             again = Settings(settings)
             if kind.read(again) == config:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxformer.interop.rules import Rule
 from jaxformer.interop.settings import Settings
+from jaxformer.interop.tensors import Tensors
 
 # Where each is; in the order in which `save` asks who can say what a model's config says.
 MODULES = {
@@ -32,6 +33,9 @@ MODULES = {
     "albert": "bert",
     "modernbert": "modernbert",
     "esm": "esm",
+    "t5": "t5",
+    "bart": "bart",
+    "marian": "marian",
 }
 
 
@@ -53,6 +57,8 @@ class Family:
         unused: Patterns of tensors that say nothing of what the model computes.
         method: The method of the model that makes all parameters of a config.
         renamed: Patterns of names in some checkpoints, and what stands for them in the rules.
+        amend: Makes the config of what `read` made and the files, where these say what the settings
+            do not; may refuse files.
     """
 
     model_type: str
@@ -67,6 +73,7 @@ class Family:
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     method: Callable[[Any], str] = lambda config: "__call__"
     renamed: tuple[tuple[str, str], ...] = ()
+    amend: Callable[[Any, Tensors], Any] = lambda config, files: config
 
 
 def family(model_type: str, where: str) -> Family:

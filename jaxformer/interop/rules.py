@@ -15,12 +15,14 @@ class Rule:
         theirs: Names of the tensors.
         take: Makes the parameter of the tensors.
         give: Makes the tensors of the parameter; undoes `take` bit by bit.
+        optional: Whether a checkpoint may lack the tensors; `take` is then given none.
     """
 
     ours: str
     theirs: tuple[str, ...]
     take: Callable[[Sequence[np.ndarray]], np.ndarray]
     give: Callable[[np.ndarray], Sequence[np.ndarray]]
+    optional: bool = False
 
 
 def same(ours: str, theirs: str) -> Rule:

@@ -25,13 +25,17 @@ def original():
         random = np.random.default_rng(seed)
         with torch.no_grad():
             for name, x in model.named_parameters():
+                if not x.requires_grad:
+                    continue
                 size = scale * (0.5 if x.ndim < 2 else x.shape[-1] ** -0.5)
                 noise = torch.tensor(size * random.standard_normal(x.shape), dtype=x.dtype)
                 centre = 1.0 if "norm" in name and name.endswith("weight") and x.ndim == 1 else 0.0
                 x.copy_(noise + centre)
             for name, x in model.named_buffers():
-                if "correction" in name:
+                if "correction" in name or name == "final_logits_bias":
                     x.copy_(torch.tensor(random.standard_normal(x.shape)))
+                if name == "final_logits_bias":
+                    x.requires_grad_()
         return model
 
     return made
@@ -41,8 +45,9 @@ def original():
 def loaded(tmp_path_factory, original):
     """The same model, ours by way of a folder: original, our model, our parameters, the folder."""
 
-    def pair(architecture, change=lambda settings: None, **settings):
+    def pair(architecture, change=lambda model: None, **settings):
         model = original(architecture, **settings)
+        change(model)
         folder = tmp_path_factory.mktemp("hf")
         model.save_pretrained(folder)
         ours, params = checkpoint.load(folder)
@@ -58,7 +63,7 @@ def rules_of():
     def rules(folder):
         settings = Settings.read(folder)
         kind = families.family(settings.take("model_type"), "")
-        return kind.rules(kind.read(settings))
+        return kind.rules(kind.amend(kind.read(settings), tensors.Tensors(folder)))
 
     return rules
 
@@ -87,8 +92,8 @@ def gradients(rules_of, tmp_path_factory):
         with torch.no_grad():
             for x, y in zip(other.parameters(), model.parameters(), strict=True):
                 x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
-            for x in other.buffers():
-                x.zero_()
+            for x, y in zip(other.buffers(), model.buffers(), strict=True):
+                x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
         other.save_pretrained(again := tmp_path_factory.mktemp("gradients"))
         files = tensors.Tensors(again)
         return {
