@@ -92,7 +92,10 @@ class Encoder(nn.Module):
         if self.config.positions == "buckets":
             bias = self.bias(x.shape[1], x.shape[1])
         x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
-        return self.norm(x) if self.config.final_norm else x
+        if self.config.final_norm:
+            x = self.norm(x)
+            self.sow("intermediates", "normed", x)
+        return x
 
     def pooled(
         self, tokens: Int[Array, "B S"], mask: Mask | None = None, **kwargs: Any

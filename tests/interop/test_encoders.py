@@ -1,6 +1,5 @@
 """Encoders are those of transformers: logits, hidden states, gradients, padded rows, contacts."""
 
-import inspect
 import json
 import shutil
 
@@ -46,7 +45,7 @@ CASES = {
     ),
     "albert": (
         "AlbertForMaskedLM",
-        SMALL | {"embedding_size": 7, "num_hidden_layers": 3},
+        SMALL | {"embedding_size": 7},
     ),
     "albert_groups": (
         "AlbertForMaskedLM",
@@ -74,12 +73,13 @@ CASES = {
         ESM | {"emb_layer_norm_before": True, "token_dropout": True, "tie_word_embeddings": False},
     ),
 }
+ONE = {"num_hidden_layers": 1}
 BARE = {
-    "bert": ("BertModel", SMALL),
-    "roberta": ("RobertaModel", SMALL | {"pad_token_id": PAD}),
-    "albert": ("AlbertModel", SMALL | {"embedding_size": 7}),
-    "modernbert": ("ModernBertModel", MODERN | {"local_attention": 6} | LOCAL),
-    "esm": ("EsmModel", ESM | {"position_embedding_type": "rotary", "token_dropout": True}),
+    "bert": ("BertModel", SMALL | ONE),
+    "roberta": ("RobertaModel", SMALL | ONE | {"pad_token_id": PAD}),
+    "albert": ("AlbertModel", SMALL | ONE | {"embedding_size": 7}),
+    "modernbert": ("ModernBertModel", MODERN | LOCAL | {"local_attention": 6}),
+    "esm": ("EsmModel", ESM | ONE | {"position_embedding_type": "rotary", "token_dropout": True}),
 }
 B, S = 3, 13
 
@@ -100,8 +100,26 @@ def kinds(model):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, loaded):
+    """Model of transformers, ours, parameters, folder, and one compiled function for all of it."""
     architecture, settings = CASES[request.param]
-    return loaded(architecture, **settings)
+    model, ours, params, folder = loaded(architecture, **settings)
+    _, also = kinds(model)
+
+    @jax.jit
+    def run(params, ids, mask, d_logits):
+        def loss(params):
+            options = {"method": "logits", "mutable": ["intermediates"]}
+            logits, state = ours.apply(params, ids, mask, **also, **options)
+            blocks = state["intermediates"]["blocks"]
+            stream = [x for i in range(len(blocks)) for x in blocks[f"layers_{i}"]["stream"]]
+            if ours.config.final_norm:  # transformers shows the last one normalised
+                stream[-1] = state["intermediates"]["normed"][0]
+            return (logits * d_logits).sum(), (logits, stream)
+
+        (_, (logits, stream)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits, stream, traverse_util.flatten_dict(grads["params"], sep="/")
+
+    return model, ours, params, folder, run
 
 
 def gradients(model, rules):
@@ -113,70 +131,42 @@ def gradients(model, rules):
     return {rule.ours: rule.take([grads[name] for name in rule.theirs]) for rule in rules}
 
 
-def test_logits_hidden_states_and_gradients(case, close, rules_of):
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_logits_hidden_states_and_gradients(case, close, rules_of, side):
     import torch
 
-    model, ours, params, folder = case
-    ids, (theirs, also) = tokens(), kinds(model)
-    d_logits = np.random.default_rng(2).standard_normal((B, S, V)).astype(np.float32)
-    model.zero_grad()
-    out = model(torch.tensor(ids), output_hidden_states=True, **theirs)
-    (out.logits * torch.tensor(d_logits)).sum().backward()
-
-    @jax.jit
-    def run(params):
-        options = {"method": "logits", "mutable": ["intermediates"]}
-        logits, state = ours.apply(params, jnp.asarray(ids), **also, **options)
-        return (logits * d_logits).sum(), (logits, state["intermediates"])
-
-    (_, (logits, seen)), grads = jax.value_and_grad(run, has_aux=True)(params)
-    close(logits, out.logits.detach(), "logits")
-    blocks = seen["blocks"]
-    stream = [x for i in range(len(blocks)) for x in blocks[f"layers_{i}"]["stream"]]
-    states = [x.detach() for x in out.hidden_states]
-    assert len(stream) == len(states) - 1 == ours.config.num_layers
-    last = len(stream) - ours.config.final_norm  # transformers normalises the last one
-    for i in range(last):
-        close(stream[i], states[i + 1], f"hidden {i}")
-    flat = traverse_util.flatten_dict(grads["params"], sep="/")
-    expected = gradients(model, rules_of(folder))
-    assert {*flat} == {*expected}
-    for name, grad in flat.items():
-        close(grad, expected[name], name)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows(case, close, side):
-    import torch
-
-    model, ours, params, _ = case
-    lengths, (theirs, also) = np.array([S, S - 4, 1]), kinds(model)
+    model, ours, params, folder, run = case
+    theirs, _ = kinds(model)
+    lengths = np.array([S, S - 4, 1] if side else [S] * B)
     real = np.arange(S)[None] < lengths[:, None]
     if side == "left":
         real = real[:, ::-1].copy()
     ids = np.where(real, tokens(), PAD)
-    with torch.no_grad():
-        given = {"attention_mask": torch.tensor(real.astype(int)), "output_hidden_states": True}
-        out = model(torch.tensor(ids), **given, **theirs)
-    expected, hidden = out.logits.numpy(), out.hidden_states[-1].numpy()
+    d_logits = np.random.default_rng(2).standard_normal((B, S, V)).astype(np.float32)
+    d_logits *= real[..., None]
+    model.zero_grad()
+    given = {"attention_mask": torch.tensor(real.astype(int))} if side else {}
+    out = model(torch.tensor(ids), output_hidden_states=True, **given, **theirs)
+    (out.logits * torch.tensor(d_logits)).sum().backward()
     mask = attention.explicit(jnp.asarray(real)[:, None, None])
-
-    @jax.jit
-    def run(params):
-        logits = ours.apply(params, jnp.asarray(ids), mask, **also, method="logits")
-        return logits, ours.apply(params, jnp.asarray(ids), mask, **also)
-
-    logits, vectors = run(params)
-    close(np.asarray(logits)[real], expected[real], side)
-    close(np.asarray(vectors)[real], hidden[real], side)
+    logits, stream, grads = run(params, jnp.asarray(ids), mask, d_logits)
+    close(np.asarray(logits)[real], out.logits.detach().numpy()[real], "logits")
+    states = [x.detach().numpy() for x in out.hidden_states[1:]]
+    assert len(stream) == len(states) == ours.config.num_layers
+    for i, (x, state) in enumerate(zip(stream, states)):
+        close(np.asarray(x)[real], state[real], f"hidden {i}")
+    expected = gradients(model, rules_of(folder))
+    assert {*grads} == {*expected}
+    for name, grad in grads.items():
+        close(grad, expected[name], name)
 
 
 def test_positions_may_be_given(case, close):
     import torch
 
-    model, ours, params, _ = case
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        pytest.skip("transformers takes none")
+    model, ours, params, *_ = case
+    if ours.config.distinct_layers or not ours.config.tie_embeddings:
+        pytest.skip("nothing new")
     ids = tokens()
     places = np.random.default_rng(3).permutation(40)[:S] + ours.config.position_offset
     with torch.no_grad():
@@ -197,7 +187,7 @@ def same_parameters(one, other):
 
 
 def test_a_round_trip_is_bit_identical(case, tmp_path):
-    model, ours, params, _ = case
+    model, ours, params, *_ = case
     interop.save(ours, params, tmp_path / "again", shard_bytes=9000)
     again, other = interop.load(tmp_path / "again")
     assert again.config == ours.config
@@ -214,14 +204,19 @@ def test_vectors_and_pooled_vectors_of_models_without_a_head(loaded, close, tmp_
     ids, (theirs, also) = tokens(), kinds(model)
     with torch.no_grad():
         out = model(torch.tensor(ids), **theirs)
-    close(
-        jax.jit(lambda p: ours.apply(p, jnp.asarray(ids), **also))(params),
-        out.last_hidden_state,
-        name,
-    )
-    if name != "modernbert":
-        found = jax.jit(lambda p: ours.apply(p, jnp.asarray(ids), **also, method="pooled"))(params)
-        close(found, out.pooler_output, name)
+
+    @jax.jit
+    def run(params):
+        vectors = ours.apply(params, jnp.asarray(ids), **also)
+        if not ours.config.pooler:
+            return vectors, None
+        return vectors, ours.apply(params, jnp.asarray(ids), **also, method="pooled")
+
+    vectors, pooled = run(params)
+    close(vectors, out.last_hidden_state, name)
+    assert (pooled is None) == (name == "modernbert")
+    if pooled is not None:
+        close(pooled, out.pooler_output, name)
     interop.save(ours, params, tmp_path / "again")
     same_parameters(model, type(model).from_pretrained(tmp_path / "again"))
 
@@ -229,7 +224,8 @@ def test_vectors_and_pooled_vectors_of_models_without_a_head(loaded, close, tmp_
 def test_contacts_and_attention_maps_of_esm(loaded, close):
     import torch
 
-    model, ours, params, _ = loaded(*[CASES["esm2"][0]], **CASES["esm2"][1])
+    architecture, settings = CASES["esm2"]
+    model, ours, params, _ = loaded(architecture, **settings)
     lengths, ids = np.array([S, S - 4, 7]), tokens()
     ids[ids == 2] = 4
     ids[np.arange(B), lengths - 1] = 2
@@ -268,7 +264,7 @@ def test_contacts_and_attention_maps_of_esm(loaded, close):
 )
 def test_what_is_not_supported_is_named(loaded, tmp_path, name, change, message):
     architecture, settings = CASES[name]
-    *_, folder = loaded(architecture, **settings | {"num_hidden_layers": 1})
+    *_, folder = loaded(architecture, **settings | ONE)
     shutil.copytree(folder, tmp_path / "changed")
     path = tmp_path / "changed" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -1,0 +1,111 @@
+"""Makes tiny checkpoints with what transformers says of them: `tests/interop/goldens`.
+
+    python scripts/make_goldens.py                  all
+    python scripts/make_goldens.py bert esm2        some
+
+Needs torch and transformers (`pip install torch transformers`). A folder has `config.json`,
+`model.safetensors` and `io.npz`: the arguments of the model's forward by their names in
+transformers (`input_ids`, `attention_mask`, `token_type_ids`, `decoder_input_ids`) and `logits`.
+Weights are drawn from a seed, and every one of them matters. `tests/interop/test_goldens.py` reads
+whatever folders there are, without torch.
+
+For another family add a line to `GOLDENS`; what its model is given follows from its class.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parents[1] / "tests" / "interop" / "goldens"
+SIZES = {
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}
+SPECIAL = {"pad_token_id": 1, "mask_token_id": 3}
+NO_IDS = dict.fromkeys(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
+GOLDENS: list[tuple[str, str, dict[str, Any]]] = [
+    ("bert", "BertForMaskedLM", SIZES),
+    ("roberta", "RobertaForMaskedLM", SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
+    ("albert", "AlbertForMaskedLM", SIZES | {"embedding_size": 5, "num_hidden_layers": 3}),
+    (
+        "modernbert",
+        "ModernBertForMaskedLM",
+        SIZES | NO_IDS | {"local_attention": 4, "global_attn_every_n_layers": 2},
+    ),
+    (
+        "esm2",
+        "EsmForMaskedLM",
+        SIZES | SPECIAL | {"position_embedding_type": "rotary", "token_dropout": True},
+    ),
+    (
+        "esm1b",
+        "EsmForMaskedLM",
+        SIZES | SPECIAL | {"emb_layer_norm_before": True, "token_dropout": True},
+    ),
+]
+
+
+def scramble(model: Any, seed: int = 0) -> None:
+    """Draws all of a model's parameters anew, norms and biases too."""
+    import torch
+
+    random = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            size = 0.5 if x.ndim < 2 else x.shape[-1] ** -0.5
+            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            x.copy_(torch.tensor(size * random.standard_normal(x.shape) + centre, dtype=x.dtype))
+
+
+def arguments(model: Any, seed: int = 1) -> dict[str, np.ndarray]:
+    """What a model is given: two rows, of which an encoder's second is padded at the right."""
+    random, config = np.random.default_rng(seed), model.config
+    rows, length = 2, 9
+    ids = random.integers(4, config.vocab_size, (rows, length))
+    if config.is_encoder_decoder or type(model).__name__.endswith("ForMaskedLM"):
+        real = np.arange(length)[None] < np.array([[length], [length - 3]])
+        pad = 1 if config.pad_token_id is None else config.pad_token_id
+        found = {"input_ids": np.where(real, ids, pad), "attention_mask": real.astype(np.int64)}
+        if config.is_encoder_decoder:
+            found["decoder_input_ids"] = random.integers(4, config.vocab_size, (rows, 5))
+        elif getattr(config, "mask_token_id", None) is not None:
+            found["input_ids"][:, 2] = config.mask_token_id
+        if getattr(config, "type_vocab_size", 0) > 1:
+            found["token_type_ids"] = random.integers(0, config.type_vocab_size, (rows, length))
+        return found
+    return {"input_ids": ids}
+
+
+def make(name: str, architecture: str, settings: dict[str, Any]) -> int:
+    """Writes one folder and says how many bytes it has."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(attn_implementation="eager", **settings)).eval()
+    scramble(model)
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    given = arguments(model)
+    with torch.no_grad():
+        out = model(**{key: torch.tensor(x) for key, x in given.items()})
+    small = {key: x.astype(np.int16) for key, x in given.items()}
+    np.savez_compressed(folder / "io.npz", **small, logits=out.logits.numpy())
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    for golden_name, golden_class, golden_settings in GOLDENS:
+        if golden_name in sys.argv[1:] or not sys.argv[1:]:
+            print(golden_name, make(golden_name, golden_class, golden_settings), "bytes")
