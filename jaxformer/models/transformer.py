@@ -147,7 +147,7 @@ class TransformerConfig:
             `num_layers` if None.
         embed_width: Channels of the embeddings, if not D; a map leads to D.
         norm: One of `NORMS`.
-        epsilon: Of all norms; None for what each kind has.
+        epsilon: Of all norms.
         order: Where norms stand, one of `ORDERS`; "parallel" also adds both branches to one stream.
         first_norm: Whether the first block normalises what its attention reads.
         final_norm: Whether the stream is normalised after the last block.
@@ -204,7 +204,7 @@ class TransformerConfig:
     distinct_layers: int | None = None
     embed_width: int | None = None
     norm: str = "rms"
-    epsilon: float | None = None
+    epsilon: float = 1e-6
     order: str = "pre"
     first_norm: bool = True
     final_norm: bool = True
@@ -286,8 +286,7 @@ class TransformerConfig:
 
     def make_norm(self) -> Callable[..., nn.Module]:
         """What makes a norm of the config's kind."""
-        made = NORMS[self.norm]
-        return made if self.epsilon is None else functools.partial(made, epsilon=self.epsilon)
+        return functools.partial(NORMS[self.norm], epsilon=self.epsilon)
 
 
 _ENCODER_DECODER_ALONE = ("decoder_layers", "decoder_vocab_size")

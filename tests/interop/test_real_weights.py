@@ -1,6 +1,7 @@
 """Published weights say what they said where they were published."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def test_stories260k_writes_its_story_token_for_token(stories, close):
     golden = np.load(stories / "golden.npz")
     model, params = interop.load(stories / "hf")
     prompt = golden["prompt_ids"]
-    logits = jax.jit(model.apply)(params, prompt[None])
+    logits = jax.jit(model.apply)(params, jnp.asarray(prompt[None]))
     close(logits[0], golden["prompt_logits"], "logits")
     ids = golden["greedy_ids"]
 
@@ -35,4 +36,4 @@ def test_stories260k_writes_its_story_token_for_token(stories, close):
             key=jax.random.key(0),
         )
 
-    np.testing.assert_array_equal(write(params, ids[None, :1])[0], ids)
+    np.testing.assert_array_equal(write(params, jnp.asarray(ids[None, :1]))[0], ids)
