@@ -5,6 +5,6 @@ norms       RMSNorm, LayerNorm, GroupNorm, BatchNorm
 mlp         MLP and GatedMLP (SwiGLU and its family)
 embed       Embed, LearnedPositions, RelativeBias, NeighbourEmbed
 attention   SelfAttention and CrossAttention: grouped queries, QK-norm, rotary, key-value cache
-block       PreNorm, PostNorm and SandwichNorm residuals; Block
-stack       Stack of blocks, unrolled or scanned, with or without remat
+block       PreNorm, PostNorm, SandwichNorm and NoNorm residuals; Block
+stack       Stack of blocks, unrolled or scanned, with or without remat, shared or not
 """

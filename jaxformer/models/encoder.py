@@ -133,29 +133,32 @@ class Encoder(nn.Module):
         self, tokens: Array, mask: Mask | None, token_types: Array | None, places: Array | None
     ) -> Float[Array, "B S D"]:
         """What the first block reads."""
-        config, length = self.config, tokens.shape[1]
+        config = self.config
         x = self.scaled(self.embed(tokens), tokens, mask)
         if config.token_types:
             x = x + self.types(jnp.zeros_like(tokens) if token_types is None else token_types)
         elif token_types is not None:
             raise ValueError("token_types are given, but the config has none.")
-        sinusoidal = config.positions in ("sinusoidal", "sinusoidal_halves")
-        if (sinusoidal or config.positions == "learned") and places is None:
-            places = jnp.arange(length)[None]
+        if config.positions in ("learned", "sinusoidal", "sinusoidal_halves"):
+            x = x + self.placed(tokens, places, x).astype(x.dtype)
+        x = self.norm_in(x) if config.embed_norm else x
+        return x if config.embed_width is None else self.widen(x)
+
+    def placed(self, tokens: Array, places: Array | None, x: Array) -> Float[Array, "#B S E"]:
+        """What is added to `x` for the places of the tokens."""
+        config, length = self.config, tokens.shape[1]
+        if places is None:
+            places = jnp.arange(length)
             if config.pad_token is not None:
                 real = tokens != config.pad_token
                 places = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
-        if config.positions == "learned":
-            if length > config.max_length:
-                raise ValueError(f"S={length} exceeds the {config.max_length} learned positions.")
-            learned = self.places(places + config.position_offset)
-            x = x + (learned if learned.ndim == 3 else learned[None])
-        elif sinusoidal:
+        places = places.reshape(-1, length)
+        if config.positions != "learned":
             halves = config.positions == "sinusoidal_halves"
-            waves = ops_positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
-            x = x + (waves if waves.ndim == 3 else waves[None])
-        x = self.norm_in(x) if config.embed_norm else x
-        return x if config.embed_width is None else self.widen(x)
+            return ops_positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
+        if length > config.max_length:
+            raise ValueError(f"S={length} exceeds the {config.max_length} learned positions.")
+        return self.places(places + config.position_offset)
 
     def scaled(self, x: Array, tokens: Array, mask: Mask | None) -> Float[Array, "B S E"]:
         """What becomes of the tokens' vectors before anything is added to them."""
@@ -176,8 +179,8 @@ def attention_maps(
     Returns:
         `maps[b, l, n, t]` are the weights with which token t reads all others.
     """
-    _, seen = model.apply(variables, *args, mutable=["attention"], **kwargs)
-    blocks = seen["attention"]["blocks"]
+    found: Any = model.apply(variables, *args, mutable=["attention"], **kwargs)
+    blocks = found[1]["attention"]["blocks"]
     if model.config.scan:
         return jnp.moveaxis(blocks["layers"]["attention"]["inner"]["weights"][0], 0, 1)
     names = [f"layers_{i}" for i in range(len(blocks))]

@@ -74,7 +74,7 @@ class ESM(Encoder):
         https://openreview.net/forum?id=fylclEqgvgd
     """
 
-    config: ESMConfig
+    config: ESMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def setup(self) -> None:
         super().setup()

@@ -5,5 +5,5 @@ Import the subject, then call it: `from jaxformer.ops import rotary; rotary.rota
 Mixing      `attention` (`attend`, `Mask` and its constructors)
 Positions   `rotary`, `positions` (sinusoids, learned tables, ALiBi, T5 buckets)
 Channels    `norms`, `activations`
-Data        `patches` (images to tokens and back), `losses`
+Data        `patches` (images to tokens and back), `masking` (of tokens), `losses`, `contacts`
 """

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from jaxformer.layers.attention import CrossAttention, KVCache, SelfAttention
-from jaxformer.layers.block import Block, PostNorm, PreNorm, SandwichNorm
+from jaxformer.layers.block import Block, NoNorm, PostNorm, PreNorm, SandwichNorm
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.mlp import MLP
 from jaxformer.layers.norms import LayerNorm, RMSNorm
@@ -36,6 +36,7 @@ def rms(x, scale):
     [
         (PreNorm, lambda x, f, norm: x + f(norm("norm", x))),
         (PostNorm, lambda x, f, norm: norm("norm", x + f(x))),
+        (NoNorm, lambda x, f, norm: x + f(x)),
         (SandwichNorm, lambda x, f, norm: x + norm("norm_out", f(norm("norm", x)))),
     ],
 )
@@ -187,3 +188,10 @@ def test_a_block_can_be_made_of_any_mixer():
     block = Block(Mean, MAKE["mlp"], residual=PostNorm)
     y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), X)
     assert y.shape == X.shape
+
+
+def test_the_residual_around_the_attention_may_be_another():
+    block = Block(functools.partial(SelfAttention, 2), INNER, attention_residual=NoNorm)
+    parameters = jax.eval_shape(block.init, jax.random.key(0), X)["params"]
+    assert {*parameters["attention"]} == {"inner"}
+    assert {*parameters["mlp"]} == {"inner", "norm"}

@@ -170,3 +170,37 @@ def test_a_cache_of_another_stack_is_refused(draw, layers, scan):
     message = rf"num_layers=2 and scan=False .* num_layers={layers} and scan={scan}"
     with pytest.raises(ValueError, match=message):
         stack.apply(draw(stack, X), X, cache=cache)
+
+
+def test_layers_that_share_are_one_block_after_itself(draw):
+    shared = Stack(BLOCK, 4, distinct=2)
+    variables = draw(shared, X)
+    params = variables["params"]
+    assert {*params} == {"layers_0", "layers_1"}
+    each = {"params": {f"layers_{i}": params[f"layers_{i // 2}"] for i in range(4)}}
+    assert_same(shared.apply(variables, X), Stack(BLOCK, 4).apply(each, X), atol=1e-6)
+
+
+def test_scanned_layers_may_share_one_block(draw):
+    unrolled = Stack(SMALL, 3, distinct=1)
+    variables = draw(unrolled, X)
+    one = {"params": {"layers": variables["params"]["layers_0"]}}
+    found = values_and_gradients(Stack(SMALL, 3, scan=True, distinct=1), one)
+    y, gradients, for_x = values_and_gradients(unrolled, variables)
+    gradients = {"params": {"layers": gradients["params"]["layers_0"]}}
+    assert_same(found, (y, gradients, for_x), atol=2e-5)
+    shapes = jax.eval_shape(Stack(SMALL, 3, scan=True, distinct=1).init, jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, one)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distinct": 3}, "4 layers cannot share 3 blocks equally"),
+        ({"distinct": 0}, "4 layers cannot share 0 blocks"),
+        ({"distinct": 2, "scan": True}, "scanned ones one block"),
+    ],
+)
+def test_blocks_that_cannot_be_shared_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Stack(SMALL, 4, **options).init(jax.random.key(0), X)

@@ -78,3 +78,53 @@ def test_logits_are_products_with_the_head_or_the_embeddings(draw, tied):
     table = parameters["embed"]["table"].T if tied else parameters["head"]["kernel"]
     np.testing.assert_allclose(logits, np.asarray(x) @ table, atol=1e-5)
     assert ("head" in parameters) != tied
+
+
+FULL = dataclasses.replace(
+    CONFIG, positions="learned", max_length=8, position_offset=2, pad_token=1, token_types=2
+)
+
+
+def test_positions_are_counted_over_what_is_no_padding(draw):
+    variables = draw(Encoder(FULL), TOKENS)
+    run = jax.jit(lambda *args, **kwargs: Encoder(FULL).apply(variables, *args, **kwargs))
+    text = jnp.array([[4, 2, 6]])
+    left = run(jnp.array([[1, 1, 4, 2, 6]]), attention.explicit(jnp.arange(5)[None] > 1))
+    right = run(jnp.array([[4, 2, 6, 1, 1]]), attention.key_lengths(jnp.array([3])))
+    np.testing.assert_allclose(left[:, 2:], run(text), atol=1e-5)
+    np.testing.assert_allclose(right[:, :3], run(text), atol=1e-5)
+    given = run(text, positions=jnp.array([2, 3, 4]))
+    assert np.abs(given - run(text)).max() > 1e-3
+
+
+def test_kinds_of_tokens_matter_and_are_refused_where_there_are_none(draw):
+    variables = draw(Encoder(FULL), TOKENS)
+    first, second = (
+        Encoder(FULL).apply(variables, TOKENS, token_types=jnp.full((B, S), kind))
+        for kind in (0, 1)
+    )
+    np.testing.assert_array_equal(first, Encoder(FULL).apply(variables, TOKENS))
+    assert np.abs(first - second).max() > 1e-3
+    with pytest.raises(ValueError, match="token_types are given"):
+        Encoder(CONFIG).init(jax.random.key(0), TOKENS, token_types=TOKENS)
+
+
+def test_a_window_looks_back_and_ahead(draw):
+    config = dataclasses.replace(CONFIG, num_layers=1, windows=(2,), ahead=2)
+    variables = draw(Encoder(config), TOKENS)
+    one = Encoder(config).apply(variables, TOKENS)
+    moved = np.abs(one - Encoder(config).apply(variables, TOKENS.at[:, 2].add(1))).max((0, 2))
+    assert (moved > 1e-4).tolist() == [True, True, True, True, False]
+
+
+def test_what_an_encoder_cannot_have_is_named():
+    alibi = dataclasses.replace(CONFIG, positions="alibi")
+    with pytest.raises(NotImplementedError, match="ALiBi"):
+        Encoder(alibi).init(jax.random.key(0), TOKENS)
+    short = dataclasses.replace(CONFIG, positions="learned", max_length=4)
+    with pytest.raises(ValueError, match="S=5 exceeds the 4 learned positions"):
+        Encoder(short).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="pad_token=1 needs a row"):
+        dataclasses.replace(CONFIG, positions="learned", max_length=8, pad_token=1)
+    with pytest.raises(ValueError, match="first_norm=False"):
+        dataclasses.replace(CONFIG, first_norm=False, order="post")

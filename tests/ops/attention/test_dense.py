@@ -195,3 +195,16 @@ def test_masks_and_caps_that_cannot_be_are_named_in_the_error():
         attention.attend(q, k, v, attention.key_lengths(jnp.ones(2, int)))
     with pytest.raises(ValueError, match="softcap=0"):
         attention.attend(q, k, v, softcap=0.0)
+
+
+def test_the_weights_are_those_of_the_values():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((2, 5, n, 3)), "float32") for n in (4, 2, 2))
+    options = {"sinks": jnp.asarray([0.0, 1.0, -1.0, 0.5]), "softcap": 3.0}
+    weights = attention.weights(q, k, attention.window(2, -1), **options)
+    assert weights.shape == (2, 4, 5, 5)
+    y = jnp.einsum("BNTS,BSNH->BTNH", weights, jnp.repeat(v, 2, axis=2))
+    expected = attention.attend(q, k, v, attention.window(2, -1), **options)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert not np.asarray(weights)[:, :, 0].any()
+    assert (np.asarray(weights)[:, :, 1:].sum(-1) < 1).all()
