@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
 
         np.testing.assert_array_equal(of_us(), of_torch())
         runs = {"jaxformer": of_us, "transformers": of_torch}
-        seconds = record.interleaved(runs, rounds=cfg.rounds)
+        seconds = record.interleaved(runs, rounds=cfg.rounds, settle=True)
         mine = np.median(seconds["jaxformer"])
         for name, times in seconds.items():
             figures = {

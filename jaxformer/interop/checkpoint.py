@@ -75,7 +75,9 @@ def load(
             wrong.append(str(error))
             continue
         x = np.asarray(x, dtype or x.dtype)
-        params[rule.ours] = jax.device_put(x, _place(sharding, rule.ours, x.shape))
+        placed = jax.device_put(x, _place(sharding, rule.ours, x.shape))
+        params[rule.ours] = jax.block_until_ready(placed)
+        del x
     if wrong:
         raise ValueError(f"{folder}: tensors of another shape than config.json says: {wrong}.")
     return model, {"params": traverse_util.unflatten_dict(params, sep="/")}

@@ -76,7 +76,8 @@ class Tensors:
             x = self._files[path.name].get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from None
-        if x.dtype.kind not in "iub" and np.isnan(x).any():
+        # A sum takes no memory, and is NaN too where it ought to be looked at more closely.
+        if x.dtype.kind not in "iub" and np.isnan(x.sum()) and np.isnan(x).any():
             raise ValueError(f"{path}: {name} holds NaN.")
         return x
 

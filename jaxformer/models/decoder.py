@@ -1,5 +1,6 @@
 """A decoder-only language model: each token's logits depend on the tokens up to it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,14 @@ from flax import linen as nn
 from jaxformer.layers.attention import KVCache, StackCache, cached_length
 from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
-from jaxformer.models.transformer import TransformerConfig, empty_cache, refuse_for_decoder, stack
-from jaxformer.ops import attention, positions
+from jaxformer.models.transformer import (
+    Means,
+    TransformerConfig,
+    empty_cache,
+    refuse_for_decoder,
+    stack,
+)
+from jaxformer.ops import attention, linear, positions
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
@@ -47,9 +54,13 @@ class Decoder(nn.Module):
 
     Attributes:
         config: Sizes and choices.
+        attend: Any function with the signature of `ops.attention.attend`, such as `flash.attend`.
+        project: The product of all linear maps of the blocks.
     """
 
     config: TransformerConfig
+    attend: Callable[..., Array] = attention.attend
+    project: Callable[[Array, Array], Array] = linear.project
 
     def setup(self) -> None:
         config = self.config
@@ -64,7 +75,9 @@ class Decoder(nn.Module):
             )
         if config.embed_norm:
             self.norm_in = config.make_norm()()
-        self.blocks = stack(config, cross=False, name="blocks")
+        self.blocks = stack(
+            config, cross=False, name="blocks", means=Means(self.attend, self.project)
+        )
         if config.final_norm:
             self.norm = config.make_norm()()
         if not config.tie_embeddings:

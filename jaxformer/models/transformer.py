@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 
@@ -24,7 +24,8 @@ from jaxformer.layers.latent import LatentAttention
 from jaxformer.layers.mlp import MLP, XIELU, GatedMLP
 from jaxformer.layers.norms import LayerNorm, RMSNorm
 from jaxformer.layers.stack import Stack
-from jaxformer.ops import activations, positions
+from jaxformer.ops import activations, linear, positions
+from jaxformer.ops import attention as ops_attention
 from jaxformer.ops import experts as ops_experts
 from jaxformer.ops.rope import Rope
 from jaxformer.typing import Array, DTypeLike
@@ -317,13 +318,30 @@ def _refuse(config: TransformerConfig, who: str, names: tuple[str, ...]) -> None
             raise NotImplementedError(f"{who} knows no {field.name}, got {value!r}.")
 
 
-def stack(config: TransformerConfig, *, cross: bool, name: str) -> Stack:
+class Means(NamedTuple):
+    """What computes, by functions of the same meaning.
+
+    Attributes:
+        attend: Any function with the signature of `ops.attention.attend`.
+        project: The product of all linear maps of the blocks.
+    """
+
+    attend: Callable[..., Array] = ops_attention.attend
+    project: Callable[[Array, Array], Array] = linear.project
+
+
+_PLAIN = Means()
+
+
+def stack(config: TransformerConfig, *, cross: bool, name: str, means: Means = _PLAIN) -> Stack:
     """Makes the config's blocks, with cross-attention or without."""
     first = 0 if config.experts is None else config.experts.first
     if len(set(config.windows)) > 1 or not config.first_norm or 0 < first < config.num_layers:
-        makers: Any = tuple(block(config, layer, cross=cross) for layer in range(config.num_layers))
+        makers: Any = tuple(
+            block(config, layer, cross=cross, means=means) for layer in range(config.num_layers)
+        )
     else:
-        makers = block(config, 0, cross=cross)
+        makers = block(config, 0, cross=cross, means=means)
     return Stack(
         makers,
         config.num_layers,
@@ -334,26 +352,31 @@ def stack(config: TransformerConfig, *, cross: bool, name: str) -> Stack:
     )
 
 
-def block(config: TransformerConfig, layer: int, *, cross: bool) -> Make:
+def block(config: TransformerConfig, layer: int, *, cross: bool, means: Means) -> Make:
     """What makes the block of one layer."""
     norm = config.make_norm()
     options = {"norm": norm, "dropout": config.dropout, "drop_path": config.drop_path}
     options["scale_init"] = config.layer_scale
     residual = functools.partial(ORDERS[config.order], **options)
-    parts = {"attention": attention(config, layer), "mlp": mlp(config, layer), "residual": residual}
+    parts: dict[str, Any] = {
+        "attention": attention(config, layer, means),
+        "mlp": mlp(config, layer, means),
+    }
+    parts["residual"] = residual
     if config.order == "parallel":
         return functools.partial(ParallelBlock, **parts)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     qk_norm = norm if config.qk_norm else None
     biases = {"use_bias": config.qkv_bias, "out_bias": config.out_bias}
-    crossing = functools.partial(CrossAttention, *heads, norm=qk_norm, **biases, scale=config.scale)
+    more = {"scale": config.scale, **means._asdict()}
+    crossing = functools.partial(CrossAttention, *heads, norm=qk_norm, **biases, **more)
     parts["cross"] = crossing if cross else None
     if layer == 0 and not config.first_norm:
         parts["attention_residual"] = functools.partial(NoNorm, **options)
     return functools.partial(Block, **parts)
 
 
-def attention(config: TransformerConfig, layer: int) -> Make:
+def attention(config: TransformerConfig, layer: int, means: Means) -> Make:
     """What makes the self-attention of one layer."""
     window = config.windows[layer] if config.windows else None
     rope = config.rope if window is None else config.local_rope or config.rope
@@ -369,6 +392,7 @@ def attention(config: TransformerConfig, layer: int) -> Make:
             rotate=rope,
             use_bias=config.out_bias,
             scale=config.scale,
+            attend=means.attend,
         )
     alibi = config.positions == "alibi"
     return functools.partial(
@@ -387,10 +411,11 @@ def attention(config: TransformerConfig, layer: int) -> Make:
         slopes=positions.alibi_slope_list(config.num_heads) if alibi else None,
         window=window,
         ahead=config.ahead,
+        **means._asdict(),
     )
 
 
-def mlp(config: TransformerConfig, layer: int) -> Make:
+def mlp(config: TransformerConfig, layer: int, means: Means) -> Make:
     """What makes the MLP of one layer, or its experts."""
     if config.experts is not None and layer >= config.experts.first:
         return _experts(config, config.experts)
@@ -398,10 +423,11 @@ def mlp(config: TransformerConfig, layer: int) -> Make:
         activation: Any = XIELU
     else:
         activation = ACTIVATIONS[config.activation]
+    options = {"use_bias": config.mlp_bias, "project": means.project}
     if config.gated:
         unit = functools.partial(_gate, activation)
-        return functools.partial(GatedMLP, config.hidden, unit, use_bias=config.mlp_bias)
-    return functools.partial(MLP, config.hidden, activation, use_bias=config.mlp_bias)
+        return functools.partial(GatedMLP, config.hidden, unit, **options)
+    return functools.partial(MLP, config.hidden, activation, **options)
 
 
 def _experts(config: TransformerConfig, experts: ExpertsConfig) -> Make:
