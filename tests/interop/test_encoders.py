@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
 from jaxformer import interop
 from jaxformer.models import esm
@@ -161,12 +162,11 @@ def test_logits_hidden_states_and_gradients(case, close, rules_of, side):
         close(grad, expected[name], name)
 
 
+@pytest.mark.parametrize("case", ["bert", "roberta", "modernbert", "esm1b"], indirect=True)
 def test_positions_may_be_given(case, close):
     import torch
 
     model, ours, params, *_ = case
-    if ours.config.distinct_layers or not ours.config.tie_embeddings:
-        pytest.skip("nothing new")
     ids = tokens()
     places = np.random.default_rng(3).permutation(40)[:S] + ours.config.position_offset
     with torch.no_grad():
@@ -247,6 +247,26 @@ def test_contacts_and_attention_maps_of_esm(loaded, close):
     for i, x in enumerate(maps):
         rows = np.broadcast_to(real[:, None, :, None], x.shape)
         close(np.asarray(drawn)[:, i][rows], x.numpy()[rows], f"maps {i}")
+
+
+def test_old_names_and_heads_that_nobody_asks_for_change_nothing(loaded, tmp_path):
+    architecture, settings = CASES["bert"]
+    *_, params, folder = loaded(architecture, **settings | ONE)
+    held = load_file(folder / "model.safetensors")
+    held = {
+        x.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): y
+        for x, y in held.items()
+    }
+    held["bert.embeddings.position_ids"] = np.arange(64)[None]
+    held["bert.pooler.dense.weight"] = held["cls.seq_relationship.weight"] = np.zeros((24, 24))
+    held["cls.predictions.decoder.weight"] = held["bert.embeddings.word_embeddings.weight"]
+    shutil.copytree(folder, tmp_path / "old")
+    save_file(held, tmp_path / "old" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, interop.load(tmp_path / "old")[1], params)
+    held["cls.predictions.decoder.weight"] = held["cls.predictions.decoder.weight"] + 1
+    save_file(held, tmp_path / "old" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder\.weight is not"):
+        interop.load(tmp_path / "old")
 
 
 @pytest.mark.parametrize(
