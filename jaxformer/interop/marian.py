@@ -39,6 +39,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     return bart.written_sizes(config) | {
         "share_encoder_decoder_embeddings": other is None,
         "decoder_vocab_size": other or config.vocab_size,
+        "pad_token_id": None,  # else one of 58,101 tokens
     }
 
 

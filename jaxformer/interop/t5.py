@@ -58,7 +58,8 @@ def _amend(config: TransformerConfig, files: Tensors) -> TransformerConfig:
     tables = ("lm_head.weight", "shared.weight")
     if not config.tie_embeddings or not {*tables} <= files.names():
         return config
-    tied = np.array_equal(*map(files.read, tables))
+    head, table = map(files.read, tables)
+    tied = np.array_equal(head, table)
     return dataclasses.replace(config, tie_embeddings=tied)
 
 

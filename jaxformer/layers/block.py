@@ -225,7 +225,7 @@ class Block(nn.Module):
             x, *kept = self._crossed(x, seen, context_mask, cache, drop)
             caches = [CrossCache(*caches, *kept)] if kept else caches
         x = self.residual(self.mlp, name="mlp")(x, **drop)
-        return (x, *caches) if caches else x
+        return (x, caches[0]) if caches else x
 
     def _crossed(
         self, x: Array, context: Any, mask: Mask | None, cache: Any, drop: dict[str, Any]

@@ -54,7 +54,8 @@ class EncoderDecoderCache(NamedTuple):
         """Forgets the targets' tokens from `lengths` on."""
 
         def shorter(cache: CrossCache) -> CrossCache:
-            length = jnp.broadcast_to(lengths, cache.length.shape)
+            # An array for each layer, so that the cache can be donated.
+            length = jnp.copy(jnp.broadcast_to(lengths, cache.length.shape))
             return cache._replace(own=cache.own._replace(length=length))
 
         if isinstance(self.blocks, CrossCache):
