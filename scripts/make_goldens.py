@@ -29,6 +29,24 @@ SIZES = {
 }
 SPECIAL = {"pad_token_id": 1, "mask_token_id": 3}
 NO_IDS = dict.fromkeys(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
+T5 = {"vocab_size": 19, "d_model": 8, "d_kv": 3, "d_ff": 12, "num_heads": 2, "num_layers": 2}
+T5 |= {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 7}
+BART = {"vocab_size": 19, "d_model": 8, "max_position_embeddings": 16, "pad_token_id": 1}
+BART |= {
+    f"{half}_{part}": 2 for half in ("encoder", "decoder") for part in ("layers", "attention_heads")
+}
+BART |= {f"{half}_ffn_dim": 12 for half in ("encoder", "decoder")}
+GPT2 = {"vocab_size": 19, "n_layer": 2, "n_head": 2} | NO_IDS
+LLAMA = SIZES | NO_IDS | {"num_key_value_heads": 1}
+LAYERS = ["sliding_attention", "full_attention"]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "truncate": False}
+YARN |= {"original_max_position_embeddings": 8}
+DEEPSEEK = LLAMA | {"num_key_value_heads": 2, "moe_intermediate_size": 8, "n_routed_experts": 4}
+DEEPSEEK |= {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+DEEPSEEK |= {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+DEEPSEEK |= {"v_head_dim": 4}
 GOLDENS: list[tuple[str, str, dict[str, Any]]] = [
     ("bert", "BertForMaskedLM", SIZES),
     ("roberta", "RobertaForMaskedLM", SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
@@ -48,6 +66,39 @@ GOLDENS: list[tuple[str, str, dict[str, Any]]] = [
         "EsmForMaskedLM",
         SIZES | SPECIAL | {"emb_layer_norm_before": True, "token_dropout": True},
     ),
+    ("t5", "T5ForConditionalGeneration", T5 | {"num_decoder_layers": 1}),
+    (
+        "t5_gated",
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    ("bart", "BartForConditionalGeneration", BART),
+    ("marian", "MarianMTModel", BART | {"activation_function": "swish", "scale_embedding": True}),
+    ("gpt2", "GPT2LMHeadModel", GPT2 | {"n_embd": 8, "n_positions": 16}),
+    ("bloom", "BloomForCausalLM", GPT2 | {"hidden_size": 8}),
+    ("gpt_neox", "GPTNeoXForCausalLM", SIZES | NO_IDS | {"rotary_pct": 0.5}),
+    ("llama", "LlamaForCausalLM", LLAMA | {"rope_parameters": LLAMA3}),
+    ("mistral", "MistralForCausalLM", LLAMA | {"sliding_window": 3}),
+    ("qwen2", "Qwen2ForCausalLM", LLAMA),
+    ("qwen3", "Qwen3ForCausalLM", LLAMA | {"head_dim": 6}),
+    ("gemma", "GemmaForCausalLM", LLAMA | {"head_dim": 4}),
+    ("gemma2", "Gemma2ForCausalLM", LLAMA | {"head_dim": 4, "sliding_window": 3}),
+    (
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        LLAMA | {"head_dim": 4, "sliding_window": 3, "layer_types": LAYERS},
+    ),
+    ("olmo2", "Olmo2ForCausalLM", LLAMA),
+    ("apertus", "ApertusForCausalLM", LLAMA | {"rope_parameters": LLAMA3}),
+    ("mixtral", "MixtralForCausalLM", LLAMA | {"num_local_experts": 3}),
+    (
+        "gpt_oss",
+        "GptOssForCausalLM",
+        LLAMA
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4}
+        | {"sliding_window": 3, "rope_parameters": YARN},
+    ),
+    ("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK),
 ]
 
 
@@ -58,9 +109,14 @@ def scramble(model: Any, seed: int = 0) -> None:
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
+            if not x.requires_grad:
+                continue
             size = 0.5 if x.ndim < 2 else x.shape[-1] ** -0.5
             centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
             x.copy_(torch.tensor(size * random.standard_normal(x.shape) + centre, dtype=x.dtype))
+        for name, x in model.named_buffers():
+            if "correction" in name:
+                x.copy_(torch.tensor(random.standard_normal(x.shape)))
 
 
 def arguments(model: Any, seed: int = 1) -> dict[str, np.ndarray]:
