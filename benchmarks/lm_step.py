@@ -9,6 +9,7 @@ one process.
 import dataclasses
 import functools
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def main(cfg: Config) -> None:
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
 
     def loss_of(params):
-        logits = model.apply(params, tokens)
+        logits: Any = model.apply(params, tokens)
         return losses.cross_entropy(logits[:, :-1], tokens[:, 1:]).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

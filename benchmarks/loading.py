@@ -13,6 +13,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Prints one line of JSON."""
-    sizes = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 64, "hidden": 3 * cfg.width}
+    sizes: Any = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 64, "hidden": 3 * cfg.width}
     model = Decoder(TransformerConfig(8192, cfg.width, cfg.layers, **sizes))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)

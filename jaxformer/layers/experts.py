@@ -17,7 +17,8 @@ _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 class Experts(nn.Module):
     """Gated MLPs of which each position takes a few, weighted, and perhaps one for all beside.
 
-    The router's logits are sown as `router_logits` into `intermediates`, for `ops.experts.load_balance`.
+    The router's logits are sown as `router_logits` into `intermediates`, for
+    `ops.experts.load_balance`.
 
     Attributes:
         num_experts: E.

@@ -136,7 +136,7 @@ def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin.* are pickles"):
         interop.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         interop.load(folder)
 
 
@@ -174,7 +174,7 @@ def test_a_truncated_file_is_named(folder):
 )
 def test_an_index_that_is_none_or_leads_outside_is_named(folder, index):
     (folder / tensors.INDEX).write_text(index)
-    with pytest.raises(ValueError, match="index.json"):
+    with pytest.raises(ValueError, match=r"index.json"):
         interop.load(folder)
 
 

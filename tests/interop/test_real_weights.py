@@ -37,3 +37,14 @@ def test_stories260k_writes_its_story_token_for_token(stories, close):
         )
 
     np.testing.assert_array_equal(write(params, jnp.asarray(ids[None, :1]))[0], ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_small_models_say_what_they_said(real_data, close, name):
+    folder = real_data / "hf_tiny" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    golden = np.load(folder / "io.npz")
+    model, params = interop.load(folder)
+    logits = jax.jit(model.apply)(params, jnp.asarray(golden["input_ids"]))
+    close(logits, golden["logits"], name)
