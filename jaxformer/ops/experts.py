@@ -63,7 +63,7 @@ def mix(
     chosen: Int[Array, "R C"],
     num_experts: int,
     compute: Callable[[Array, Array, Array], Array],
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R O"]:
     """Sums what the chosen experts make of each row, weighted.
 
     Rows are sorted by expert, so that each expert's lie together.

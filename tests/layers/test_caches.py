@@ -1,0 +1,82 @@
+"""Caches by row and caches that roll: what they hold, forget and refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.layers.attention import KVCache, SelfAttention
+
+B, K, H = 2, 1, 3
+
+
+def numbers(count, seed=0):
+    shape = (B, count, K, H)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def test_rows_grow_each_by_itself_and_padding_leaves_no_trace():
+    cache, x = KVCache.empty(B, K, 6, H, by_row=True), numbers(4)
+    cache = cache.append(x, 2 * x, jnp.array([4, 1]))
+    np.testing.assert_array_equal(cache.length, [4, 1])
+    y = numbers(2, 1)
+    cache = cache.append(y, 2 * y)
+    np.testing.assert_array_equal(cache.keys[0, 0], jnp.concatenate([x[0, :, 0], y[0, :, 0]]))
+    np.testing.assert_array_equal(cache.keys[1, 0, :3], jnp.concatenate([x[1, :1, 0], y[1, :, 0]]))
+    np.testing.assert_array_equal(cache.values, 2 * cache.keys)
+
+
+def test_a_row_that_is_too_long_is_nan_and_the_other_is_not():
+    cache, x = KVCache.empty(B, K, 4, H, by_row=True), numbers(3)
+    cache = cache.append(x, x, jnp.array([3, 1])).append(x, x, jnp.array([3, 3]))
+    assert np.isnan(cache.keys[0]).any()
+    assert not np.isnan(cache.keys[1]).any()
+
+
+@pytest.mark.parametrize("counts", [None, [5, 2], [1, 5]])
+def test_a_rolling_cache_holds_the_last_places(counts):
+    cache, whole = KVCache.empty(B, K, 4, H, by_row=True), [[], []]
+    for seed in range(4):
+        x = numbers(5, seed)
+        given = None if counts is None else jnp.asarray(counts)
+        cache = cache.slide(x, x, given)
+        for row in range(B):
+            whole[row] += list(np.asarray(x[row, : 5 if counts is None else counts[row], 0]))
+    places = np.asarray(cache.places())
+    for row in range(B):
+        count = len(whole[row])
+        assert sorted(places[row]) == list(range(count - 4, count))
+        for index, place in enumerate(places[row]):
+            np.testing.assert_array_equal(cache.keys[row, 0, index], whole[row][place])
+
+
+def test_nothing_is_held_of_places_before_the_first():
+    cache = KVCache.empty(B, K, 4, H, by_row=True).slide(numbers(2), numbers(2))
+    assert (np.asarray(cache.places()) < 0).sum() == 2 * B
+
+
+@pytest.mark.parametrize("room", [3, 5, 20])
+def test_a_window_sees_the_same_with_its_cache(room):
+    layer = SelfAttention(2, 1, 4, window=3, sinks=True)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 9, 8)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    whole = layer.apply(params, x)
+    cache = KVCache.empty(B, 1, room, 4, by_row=True)
+    first, cache = layer.apply(params, x[:, :5], cache=cache, counts=jnp.array([5, 2]))
+    np.testing.assert_allclose(first[0], whole[0, :5], atol=1e-5)
+    np.testing.assert_allclose(first[1, :2], whole[1, :2], atol=1e-5)
+    for _ in range(4):
+        places = np.asarray(cache.length)
+        new = x[np.arange(B), places][:, None]
+        y, cache = layer.apply(params, new, cache=cache)
+        np.testing.assert_allclose(y[:, 0], whole[np.arange(B), places], atol=1e-5)
+
+
+def test_a_window_goes_with_neither_slopes_nor_a_cache_and_tokens_ahead():
+    x = jnp.zeros((B, 2, 8))
+    with pytest.raises(ValueError, match="window"):
+        SelfAttention(2, window=2, slopes=(0.5, 0.1)).init(jax.random.key(0), x)
+    ahead = SelfAttention(2, window=2, ahead=1)
+    params = ahead.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="window"):
+        ahead.apply(params, x, cache=KVCache.empty(B, 2, 4, 4, by_row=True))
