@@ -240,7 +240,7 @@ def test_wrong_arguments_end_with_two_and_help_with_nothing(folder, jaxformer):
 def test_the_program_says_what_it_is(capsys):
     assert cli.main(["--version"]) == 0
     assert cli.main(["--help"]) == 0
-    assert "usage: jaxformer tokenizer" in capsys.readouterr().out
+    assert "jaxformer tokenizer {train" in capsys.readouterr().out
     assert cli.main([]) == 2
     assert cli.main(["frobnicate"]) == 2
     assert "there is no command 'frobnicate'" in capsys.readouterr().err
