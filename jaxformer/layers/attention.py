@@ -1,7 +1,7 @@
 """Attention layers: the projections around `ops.attention`, and the key-value cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -337,7 +337,7 @@ class CrossAttention(nn.Module):
         bias: Float[Array, "..."] | None = None,
         keep: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], ContextKV]:
-        """Brings information from S to T; the context may have another width.
+        """Brings information from S to T, of any width; writes its weights down as SelfAttention.
 
         Args:
             x: The stream.
@@ -363,8 +363,11 @@ class CrossAttention(nn.Module):
             if self.norm is not None:
                 k = self.norm(name="k_norm")(k)
             kept = ContextKV(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        options = {} if self.scale is None else {"scale": self.scale}
-        y = self.attend(q, k, v, mask, bias=bias, **options)
+        options: dict[str, Any] = {} if self.scale is None else {"scale": self.scale}
+        options["bias"] = bias
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            self.sow("attention", "weights", attention.weights(q, k, mask, **options))
+        y = self.attend(q, k, v, mask, **options)
         y = y.reshape(*x.shape[:2], heads * channels)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
         y = Dense(x.shape[-1], out_bias, self.out_init, self.project, name="out")(y)

@@ -126,6 +126,27 @@ def test_grouped_queries_qk_norm_rotation_and_bias_follow_the_formula(draw):
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
+def test_cross_attention_goes_by_kept_keys_and_values_and_writes_its_weights_down(draw):
+    layer = CrossAttention(
+        4, 2, 3, norm=RMSNorm, use_bias=True, out_bias=False, scale=0.7, attend=attention.attend
+    )
+    random = np.random.default_rng(3)
+    x, context = (jnp.asarray(random.standard_normal((2, n, 5)), jnp.float32) for n in (3, 7))
+    variables, mask = draw(layer, x, context), attention.key_lengths(jnp.array([7, 4]))
+    assert "bias" not in variables["params"]["out"]
+    y, seen = layer.apply(variables, x, context, mask, mutable=["attention"])
+    again, kept = layer.apply(variables, x, context, mask, keep=True)
+    np.testing.assert_array_equal(y, again)
+    assert kept.keys.shape == kept.values.shape == (2, 2, 7, 3)
+    np.testing.assert_allclose(layer.apply(variables, x, kept, mask), y, atol=1e-6)
+    weights = seen["attention"]["weights"][0]
+    assert weights.shape == (2, 4, 3, 7)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert not np.asarray(weights[1, ..., 4:]).any()
+    other = layer.copy(scale=None).apply(variables, x, context, mask)
+    assert np.abs(other - y).max() > 1e-4
+
+
 def test_qk_norm_makes_attention_ignore_the_size_of_queries_and_keys(draw):
     variables = draw(layer := CrossAttention(2, norm=RMSNorm), X, CONTEXT)
     apply = jax.jit(layer.apply)

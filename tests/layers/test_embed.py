@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.layers.embed import Embed, LearnedPositions, NeighbourEmbed
+from jaxformer.layers.embed import Embed, LearnedPositions, NeighbourEmbed, RelativeBias
 
 V, D, B, T = 7, 5, 2, 12
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
@@ -48,6 +48,25 @@ def test_learned_positions_past_the_end_raise_or_are_nan(draw):
         layer.apply(variables, x, 8)
     y = layer.apply(variables, x, jnp.array(8))
     assert np.isnan(y).all((0, 2)).tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_relative_bias_depends_on_distance_alone_wherever_a_row_stands(bidirectional):
+    layer = RelativeBias(3, num_buckets=8, max_distance=20, bidirectional=bidirectional)
+    table = np.random.default_rng(2).standard_normal((8, 3))
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    assert layer.init(jax.random.key(0), 2, 2)["params"]["table"].shape == (8, 3)
+    whole = layer.apply(variables, 11, 11)
+    assert whole.shape == (1, 3, 11, 11)
+    for n in range(3):
+        for distance in range(-10, 11):
+            assert len(np.unique(np.diag(whole[0, n], distance))) == 1
+    assert (len(np.unique(whole[0, 0, 0])) == 1) is not bidirectional
+    offsets = jnp.array([0, 6, 2])
+    rows = layer.apply(variables, 5, 11, offsets)
+    for row, offset in zip(rows, offsets.tolist(), strict=True):
+        np.testing.assert_array_equal(row, whole[0, :, offset : offset + 5])
+    np.testing.assert_array_equal(layer.apply(variables, 5, 11, offsets[1]), rows[1:2])
 
 
 def neighbours(table, tokens):
