@@ -42,7 +42,8 @@ BART = {
 BART |= {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
 BART |= {f"{half}_ffn_dim": 40 for half in ("encoder", "decoder")}
 MARIAN = BART | {"activation_function": "swish", "scale_embedding": True}
-MARIAN |= {"encoder_layers": 2, "decoder_layers": 2}
+MARIAN |= {"encoder_layers": 2, "decoder_layers": 1}
+ONE = {"encoder_layers": 1, "decoder_layers": 1}
 
 
 def untie(model):
@@ -64,13 +65,13 @@ CASES = {
     "bart": ("BartForConditionalGeneration", BART, {}),
     "bart_untied": (
         "BartForConditionalGeneration",
-        BART | {"scale_embedding": True, "tie_word_embeddings": False},
+        BART | ONE | {"scale_embedding": True, "tie_word_embeddings": False},
         {},
     ),
     "marian": ("MarianMTModel", MARIAN, {}),
     "marian_two_tables": (
         "MarianMTModel",
-        MARIAN | {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 53},
+        MARIAN | ONE | {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 53},
         {},
     ),
 }  # fmt: skip
