@@ -2,14 +2,18 @@ r"""Learns to write one text while reading another: strings backwards, or one la
 
     python -m experiments.translation                                      strings, two CPU cores
     python -m experiments.translation --data pairs.tsv --bpe 4000          pairs of yours, .gz too
-    python -m experiments.translation --data FOLDER --bpe 4000 --steps 4000 --model.width 128 \
-        --model.hidden 344 --model.num-heads 4 --model.num-kv-heads 4 --model.num-layers 3 \
+    python -m experiments.translation --data FOLDER --bpe 4000 --steps 1500 --longest 20 \
+        --model.width 128 --model.hidden 344 --model.num-heads 4 --model.num-kv-heads 4 \
         --model.dropout 0.1       a folder of *train*.tsv and *test*.tsv, such as of Tatoeba
 
 The report gives the share of tests that are written exactly as one of their translations, and for
 pairs of yours BLEU as sacrebleu counts it (`pip install 'jaxformer[data]'`), greedy and with
 beams. `attention.png` shows what the model looked at as it wrote. The same command goes on where
 it was stopped.
+
+Measured on two CPU cores: all of 994 strings right in 43 s, all told; 40,000 pairs of Tatoeba,
+English to French, with the command above in 17 minutes on cores busy with other work: BLEU 28.2
+greedy and 31.4 with 4 beams on 1,000 sentences (1.4 references), 9.4 % and 11.0 % exact.
 """
 
 import dataclasses
