@@ -242,7 +242,7 @@ def test_tiles_fit_in_shared_memory(head_dim, value_dim):
         ((2, 16, 64, 4 << 20), 4),  # as many as the cache holds
         ((1, 13, 64, 4 << 20), 13),  # of two, the only divisor that fills the processors
         ((1, 12, 64, 48 << 20), 3),
-        ((8, 16, 8, 1 << 20), 16),
+        ((8, 16, 8, 1 << 20), 32),
         ((1, 2, 1, 1), 2),
     ],
 )
