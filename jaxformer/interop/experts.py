@@ -10,9 +10,10 @@ import numpy as np
 from jaxformer.interop import llama
 from jaxformer.interop.families import Family
 from jaxformer.interop.rules import Rule, joined, same, turned
-from jaxformer.interop.settings import Settings, write_rope, yarn_gain
+from jaxformer.interop.settings import Settings, write_rope
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import ExpertsConfig, LatentConfig, TransformerConfig
+from jaxformer.ops.rope import yarn_gain
 
 
 def stacked(ours: str, theirs: Sequence[Sequence[str]]) -> Rule:

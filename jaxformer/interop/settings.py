@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxformer.ops.rope import Rope
+from jaxformer.ops.rope import Rope, yarn_gain
 
 _REQUIRED = object()
 # What says nothing of the numbers that a model computes for given weights and tokens.
@@ -228,13 +228,6 @@ def _yarn_gain(inner: Settings, factor: float) -> float | None:
     if one and other:
         return yarn_gain(factor, one) / yarn_gain(factor, other)
     return None
-
-
-def yarn_gain(factor: float, times: float = 1.0) -> float:
-    """By how much YaRN scales queries and keys, or their logits."""
-    import math
-
-    return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def write_rope(rope: Rope, max_length: int) -> dict[str, Any]:

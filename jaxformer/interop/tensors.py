@@ -1,7 +1,6 @@
 """Safetensors files of a folder, read one tensor at a time."""
 
 import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,8 +103,3 @@ def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_bytes: 
         "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
-    """How many bytes an array has."""
-    return math.prod(shape) * np.dtype(dtype).itemsize

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -152,6 +153,38 @@ def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
     return cache.length[0] if isinstance(cache, (KVCache, CrossCache)) else cache[0].length
 
 
+def cached_room(cache: StackCache) -> int:
+    """Counts the tokens that the first block of a stack has room for."""
+    first: Any = cache[0] if type(cache) is tuple else cache
+    return (first.own if isinstance(first, CrossCache) else first).keys.shape[-2]
+
+
+def select_rows(cache: StackCache, rows: Int[Array, "R"]) -> StackCache:
+    """Takes rows of the batch in the cache of a stack, in any order and number."""
+    axis = 0 if type(cache) is tuple else 1
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), cache)
+
+
+def rewound(cache: StackCache, lengths: Int[Array, "B"]) -> StackCache:
+    """Forgets the tokens from `lengths` on, in the cache of a stack whose rows grow alone."""
+
+    def shorter(cache: Any) -> Any:
+        if isinstance(cache, CrossCache):
+            return cache._replace(own=shorter(cache.own))
+        # An array for each layer, so that the cache can be donated.
+        return cache._replace(length=jnp.copy(jnp.broadcast_to(lengths, cache.length.shape)))
+
+    return tuple(map(shorter, cache)) if type(cache) is tuple else shorter(cache)
+
+
+def places_after(cache: KVCache | None, count: int) -> Int[Array, "T"] | Int[Array, "B T"]:
+    """The places of `count` tokens that come after those in the cache of a block."""
+    steps = jnp.arange(count)
+    if cache is None or cache.length.ndim == 0:
+        return steps if cache is None else cache.length + steps
+    return cache.length[:, None] + steps[None]
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of a sequence to itself, with grouped queries if `num_kv_heads` is less.
 
@@ -243,12 +276,8 @@ class SelfAttention(nn.Module):
             if self.norm is not None:
                 q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
 
-        offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
         if self.rotate is not None:
-            places = positions
-            if places is None:
-                steps = jnp.arange(x.shape[1])
-                places = offset + steps if offset.ndim == 0 else offset[:, None] + steps[None]
+            places = places_after(cache, x.shape[1]) if positions is None else positions
             q, k = self.rotate(q, places), self.rotate(k, places)
         if self.window is not None:
             if cache is not None:
@@ -257,7 +286,7 @@ class SelfAttention(nn.Module):
                 window = attention.window(self.window - 1, self.ahead)
                 mask = window if mask is None else mask & window
         elif cache is not None:
-            mask = attention.causal(offset) if mask is None else mask
+            mask = attention.causal(cache.length) if mask is None else mask
             cache = cache.append(k, v, counts)
             k, v = (part.swapaxes(1, 2).astype(q.dtype) for part in cache[:2])
 

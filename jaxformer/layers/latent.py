@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache
+from jaxformer.layers.attention import KVCache, places_after
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.norms import RMSNorm
 from jaxformer.ops import attention
@@ -77,11 +77,7 @@ class LatentAttention(nn.Module):
         ).astype(x.dtype)
         to_keys, to_values = jnp.split(up.reshape(self.rank, heads, -1), [plain], axis=2)
         if self.rotate is not None:
-            offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
-            steps = jnp.arange(length)
-            places = positions
-            if places is None:
-                places = offset + steps if offset.ndim == 0 else offset[:, None] + steps[None]
+            places = places_after(cache, length) if positions is None else positions
             q_turned, k_turned = self.rotate(q_turned, places), self.rotate(k_turned, places)
         scale = (plain + turning) ** -0.5 if self.scale is None else self.scale
 

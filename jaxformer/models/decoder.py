@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import KVCache, StackCache, cached_length
+from jaxformer.layers.attention import (
+    StackCache,
+    cached_length,
+    cached_room,
+    rewound,
+    select_rows,
+)
 from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
 from jaxformer.models.transformer import (
@@ -34,19 +39,11 @@ class DecoderCache(NamedTuple):
 
     def select(self, rows: Int[Array, "R"]) -> "DecoderCache":
         """Takes rows of the batch, in any order and number."""
-        axis = 1 if isinstance(self.blocks, KVCache) else 0
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), self)
+        return DecoderCache(select_rows(self.blocks, rows))
 
     def rewind(self, lengths: Int[Array, "B"]) -> "DecoderCache":
         """Forgets the tokens from `lengths` on; in layers with a window, 15 tokens at most."""
-
-        def shorter(cache: Any) -> KVCache:
-            # An array for each layer, so that the cache can be donated.
-            return cache._replace(length=jnp.copy(jnp.broadcast_to(lengths, cache.length.shape)))
-
-        if isinstance(self.blocks, KVCache):
-            return DecoderCache(shorter(self.blocks))
-        return DecoderCache(tuple(map(shorter, self.blocks)))
+        return DecoderCache(rewound(self.blocks, lengths))
 
 
 class Decoder(nn.Module):
@@ -110,7 +107,7 @@ class Decoder(nn.Module):
         """
         x, length, bias = self.embedded(tokens, cache, positions), tokens.shape[1], None
         if self.config.positions == "buckets":
-            keys: Any = (length,) if cache is None else (_room(cache), cache.length)
+            keys: Any = (length,) if cache is None else (cached_room(cache.blocks), cache.length)
             bias = self.bias(length, *keys)
         if cache is None:
             causal = attention.causal()
@@ -179,8 +176,3 @@ class Decoder(nn.Module):
         if bound and max_length > bound:
             raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
         return DecoderCache(empty_cache(self.config, batch, max_length, dtype, by_row=True))
-
-
-def _room(cache: DecoderCache) -> int:
-    first: Any = cache.blocks if isinstance(cache.blocks, KVCache) else cache.blocks[0]
-    return first.keys.shape[-2]

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import CrossCache, StackCache, cached_length
+from jaxformer.layers.attention import (
+    CrossCache,
+    StackCache,
+    cached_length,
+    cached_room,
+    rewound,
+    select_rows,
+)
 from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
 from jaxformer.models.encoder import Encoder
@@ -41,26 +48,16 @@ class EncoderDecoderCache(NamedTuple):
     @property
     def max_length(self) -> int:
         """Tokens that a target has room for."""
-        first = self.blocks if isinstance(self.blocks, CrossCache) else self.blocks[0]
-        return first.own.keys.shape[-2]  # pyright: ignore[reportAttributeAccessIssue]
+        return cached_room(self.blocks)
 
     def select(self, rows: Int[Array, "R"]) -> "EncoderDecoderCache":
         """Takes rows of the batch, sources and targets, in any order and number."""
-        axis = 1 if isinstance(self.blocks, CrossCache) else 0
-        blocks = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), self.blocks)
+        blocks = select_rows(self.blocks, rows)
         return EncoderDecoderCache(blocks, jnp.take(self.source, rows, axis=0))
 
     def rewind(self, lengths: Int[Array, "B"]) -> "EncoderDecoderCache":
         """Forgets the targets' tokens from `lengths` on."""
-
-        def shorter(cache: CrossCache) -> CrossCache:
-            # An array for each layer, so that the cache can be donated.
-            length = jnp.copy(jnp.broadcast_to(lengths, cache.length.shape))
-            return cache._replace(own=cache.own._replace(length=length))
-
-        if isinstance(self.blocks, CrossCache):
-            return self._replace(blocks=shorter(self.blocks))
-        return self._replace(blocks=tuple(map(shorter, self.blocks)))  # pyright: ignore[reportArgumentType]
+        return self._replace(blocks=rewound(self.blocks, lengths))
 
 
 class EncoderDecoder(nn.Module):

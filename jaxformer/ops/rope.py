@@ -12,6 +12,11 @@ from jaxformer.typing import Array, Float, Int
 KINDS = ("plain", "linear", "dynamic", "yarn", "llama3")
 
 
+def yarn_gain(factor: float, times: float = 1.0) -> float:
+    """By how much YaRN scales queries and keys; `times` is its mscale."""
+    return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Turns queries and keys by their positions: `rope(x, positions)`.
@@ -66,9 +71,9 @@ class Rope:
         Raises:
             ValueError: If the share of channels is no even number.
         """
-        gain = 1.0 if self.gain is None else self.gain
-        if self.gain is None and self.kind == "yarn":
-            gain = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        gain = self.gain
+        if gain is None:
+            gain = yarn_gain(self.factor) if self.kind == "yarn" else 1.0
         return rotary.rotate(
             x,
             positions,
