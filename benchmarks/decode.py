@@ -9,7 +9,6 @@ in turn in one process, prompt included.
 
 import dataclasses
 import functools
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,7 @@ import numpy as np
 import tyro
 
 from benchmarks import record
-from jaxformer import interop
 from jaxformer.generation import decode, samplers
-from jaxformer.training import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,27 +49,10 @@ class Config:
 def main(cfg: Config) -> None:
     """Prints one line of JSON for each way and batch."""
     import torch
-    import transformers
 
-    torch.set_num_threads(mesh.usable_cores())
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-    settings = transformers.LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads // 2,
-        head_dim=64,
-        intermediate_size=cfg.hidden,
-        max_position_embeddings=1024,
-        initializer_range=0.06,  # texts that do not repeat a token
-        tie_word_embeddings=True,
-    )
-    theirs = transformers.LlamaForCausalLM(settings).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        model, params = interop.load(folder)
+    # So large that texts do not repeat a token.
+    theirs, model, params = record.llama_of_both(cfg, initializer_range=0.06)
+    theirs.eval()
     size = sum(x.size for x in jax.tree.leaves(params))
 
     def write(params, prompt):

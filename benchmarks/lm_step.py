@@ -8,7 +8,6 @@ one process.
 
 import dataclasses
 import functools
-import tempfile
 from typing import Any
 
 import jax
@@ -18,10 +17,8 @@ import optax
 import tyro
 
 from benchmarks import record
-from jaxformer import interop
 from jaxformer.ops import linear, losses
 from jaxformer.ops.attention import flash
-from jaxformer.training import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +49,9 @@ class Config:
 def main(cfg: Config) -> None:
     """Prints one line of JSON for each."""
     import torch
-    import transformers
 
-    torch.set_num_threads(mesh.usable_cores())
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-    settings = transformers.LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads // 2,
-        head_dim=64,
-        intermediate_size=cfg.hidden,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    theirs = transformers.LlamaForCausalLM(settings).train()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        model, params = interop.load(folder)
+    theirs, model, params = record.llama_of_both(cfg)
+    theirs.train()
     model = model.clone(attend=flash.attend, project=linear.project_input_first)
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (cfg.batch, cfg.length))
     tokens, given = jnp.asarray(ids), torch.tensor(ids)

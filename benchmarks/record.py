@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -18,6 +19,40 @@ def perturbed(params: PyTree) -> PyTree:
     """Adds noise to fresh parameters, so that no layer that starts as the identity stays one."""
     noise = jax.random.normal(jax.random.key(1), (4096,))
     return jax.tree.map(lambda x: x + 0.05 * jnp.resize(noise, x.shape), params)
+
+
+def llama_of_both(cfg: Any, **settings: Any) -> tuple[Any, Any, PyTree]:
+    """A Llama of transformers with weights drawn at random, and ours with the same weights.
+
+    Args:
+        cfg: With its sizes: vocab_size, width, layers, heads of 64 channels, hidden.
+        **settings: More of transformers' own.
+    """
+    import torch
+    import transformers
+
+    from jaxformer import interop
+    from jaxformer.training import mesh
+
+    torch.set_num_threads(mesh.usable_cores())
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    sizes = transformers.LlamaConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.width,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads // 2,
+        head_dim=64,
+        intermediate_size=cfg.hidden,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **settings,
+    )
+    theirs = transformers.LlamaForCausalLM(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, *interop.load(folder)
 
 
 def interleaved(
