@@ -15,7 +15,7 @@ from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, with room for S in all, or for the last S in a window.
+    """Keys and values of the tokens so far, with room for S in all, or for the last S of a window.
 
     Attributes:
         keys: Of place p at index p, or in a window at p modulo S.
@@ -26,6 +26,11 @@ class KVCache(NamedTuple):
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S Hv"]
     length: Int[Array, ""] | Int[Array, "B"]
+
+    @property
+    def room(self) -> int:
+        """S."""
+        return self.keys.shape[-2]
 
     @classmethod
     def empty(
@@ -63,7 +68,7 @@ class KVCache(NamedTuple):
         Raises:
             ValueError: If T exceeds S and no counts say that fewer are real.
         """
-        count, size = keys.shape[1], self.keys.shape[2]
+        count, size = keys.shape[1], self.room
         if count > size and counts is None:
             raise ValueError(f"the cache has room for S={size} tokens, not for T={count}.")
         length = self.length + (count if counts is None else counts)
@@ -90,7 +95,7 @@ class KVCache(NamedTuple):
 
     def places(self) -> Int[Array, "#B S"]:
         """Which place of the text each index of a window holds; negative if none."""
-        size = self.keys.shape[2]
+        size = self.room
         last = self.length.reshape(-1, 1) - 1
         return last - (last - jnp.arange(size)[None]) % size
 
@@ -156,7 +161,7 @@ def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
 def cached_room(cache: StackCache) -> int:
     """Counts the tokens that the first block of a stack has room for."""
     first: Any = cache[0] if type(cache) is tuple else cache
-    return (first.own if isinstance(first, CrossCache) else first).keys.shape[-2]
+    return (first.own if isinstance(first, CrossCache) else first).room
 
 
 def select_rows(cache: StackCache, rows: Int[Array, "R"]) -> StackCache:
@@ -249,8 +254,8 @@ class SelfAttention(nn.Module):
         Args:
             x: The stream.
             mask: Who may look; all at all if None, or with a cache, each at its past. With a cache
-                it is of T new tokens at all S places, and must hide those not written yet; a
-                window's cache takes no mask.
+                it is of T new tokens at all places of the text, and must hide those not written
+                yet; one that counts from the query's place needs `offset=cache.length`.
             positions: Place of each token for `rotate`; counted on from the cache's length, or 0.
             bias: Added to the logits; broadcasts to B N T S.
             cache: Keys and values of what came before; with it the new cache is returned too.
@@ -258,10 +263,11 @@ class SelfAttention(nn.Module):
 
         Raises:
             ValueError: If D, N and K do not divide as they should, or a layer with a window has
-                slopes, or with a cache a window ahead.
+                slopes, or with a cache a window ahead or a bias.
         """
-        if self.window is not None and (self.slopes or (cache is not None and self.ahead)):
-            raise ValueError("a window goes with neither slopes nor, with a cache, tokens ahead.")
+        beyond = cache is not None and (self.ahead or bias is not None)
+        if self.window is not None and (self.slopes or beyond):
+            raise ValueError("a window goes with no slopes; with a cache, with no ahead or bias.")
         heads, kv_heads, channels = _sizes(self, x.shape[-1])
         total = heads + 2 * kv_heads
         fused = Dense(total * channels, self.use_bias, project=self.project, name="qkv")(x)
@@ -279,13 +285,12 @@ class SelfAttention(nn.Module):
         if self.rotate is not None:
             places = places_after(cache, x.shape[1]) if positions is None else positions
             q, k = self.rotate(q, places), self.rotate(k, places)
-        if self.window is not None:
-            if cache is not None:
-                k, v, mask, cache = _slid(cache, k, v, counts, self.window)
-            else:
-                window = attention.window(self.window - 1, self.ahead)
-                mask = window if mask is None else mask & window
-        elif cache is not None:
+        if cache is None and self.window is not None:
+            window = attention.window(self.window - 1, self.ahead)
+            mask = window if mask is None else mask & window
+        elif cache is not None and self.window is not None and cache.room >= self.window:
+            k, v, mask, cache = _slid(cache, k, v, mask, counts, self.window)
+        elif cache is not None:  # all that it has room for is in sight
             mask = attention.causal(cache.length) if mask is None else mask
             cache = cache.append(k, v, counts)
             k, v = (part.swapaxes(1, 2).astype(q.dtype) for part in cache[:2])
@@ -309,10 +314,10 @@ class SelfAttention(nn.Module):
 
 
 def _slid(
-    cache: KVCache, k: Array, v: Array, counts: Array | None, size: int
+    cache: KVCache, k: Array, v: Array, mask: Mask | None, counts: Array | None, size: int
 ) -> tuple[Array, Array, Mask, KVCache]:
     """What T new tokens look at through a window: keys, values, who may look; and the new cache."""
-    count, room = k.shape[1], cache.keys.shape[2]
+    count, room = k.shape[1], cache.room
     new = cache.length.reshape(-1, 1) + jnp.arange(count)[None]
     after = cache.slide(k, v, counts)
     if room >= size + count - 1:  # what is overwritten is out of sight for the new ones
@@ -324,9 +329,10 @@ def _slid(
         )
         held = jnp.concatenate([cache.places(), new], axis=1)
     back = new[:, :, None] - held[:, None]
-    seen = (held[:, None] >= 0) & (back >= 0) & (back < size)
+    seen = ((held[:, None] >= 0) & (back >= 0) & (back < size))[:, None]
+    seen = seen if mask is None else seen & mask.at(count, held)
     keys, values = (x.swapaxes(1, 2).astype(k.dtype) for x in (keys, values))
-    return keys, values, attention.explicit(seen[:, None]), after
+    return keys, values, attention.explicit(seen), after
 
 
 class CrossAttention(nn.Module):

@@ -98,7 +98,8 @@ class Decoder(nn.Module):
             counts: With a cache, how many of the T tokens of each row are real; the logits of the
                 others mean nothing, and they leave no trace. All if None.
             mask: Narrows who may look, besides causality: segments, windows, key lengths. With a
-                cache it is of the T new tokens at all places of the cache.
+                cache it is of the T new tokens at all places of the text; one that counts from the
+                query's place needs `offset=cache.length`.
             positions: Place of each token; counted on from the cache's length, or 0.
             train: Turns dropout on; needs an rng named "dropout".
 
@@ -109,15 +110,13 @@ class Decoder(nn.Module):
         if self.config.positions == "buckets":
             keys: Any = (length,) if cache is None else (cached_room(cache.blocks), cache.length)
             bias = self.bias(length, *keys)
+        past = attention.causal(0 if cache is None else cache.length)
+        mask = past if mask is None else past & mask
         if cache is None:
-            causal = attention.causal()
-            mask = causal if mask is None else causal & mask
-            x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
-            return self.logits(x)
-        causal = attention.causal(cache.length)
+            return self.logits(self.blocks(x, mask, bias=bias, positions=positions, train=train))
         x, blocks = self.blocks(
             x,
-            causal if mask is None else causal & mask,
+            mask,
             bias=bias,
             cache=cache.blocks,
             positions=positions,

@@ -267,8 +267,11 @@ class TransformerConfig:
         for name in ("decoder_layers", "decoder_vocab_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}.")
-        if self.windows and (self.positions == "buckets" or self.decoder_layers is not None):
-            raise ValueError('windows go with neither positions="buckets" nor decoder_layers.')
+        alone = (self.positions == "buckets", self.decoder_layers, self.latent)
+        if self.windows and any(alone):
+            raise ValueError(
+                'windows go with neither positions="buckets" nor decoder_layers nor latent.'
+            )
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):

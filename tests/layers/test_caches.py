@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxformer.layers.attention import KVCache, SelfAttention
+from jaxformer.ops import attention
 
 B, K, H = 2, 1, 3
 
@@ -72,7 +73,40 @@ def test_a_window_sees_the_same_with_its_cache(room):
         np.testing.assert_allclose(y[:, 0], whole[np.arange(B), places], atol=1e-5)
 
 
-def test_a_window_goes_with_neither_slopes_nor_a_cache_and_tokens_ahead():
+@pytest.mark.parametrize(("room", "by_row"), [(3, False), (5, True)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        attention.explicit(jnp.asarray(np.random.default_rng(1).random((B, 1, 1, 9)) > 0.4)),
+        attention.key_lengths(jnp.array([6, 3])),
+    ],
+    ids=["explicit", "lengths"],
+)
+def test_a_mask_narrows_what_a_window_sees_with_its_cache(mask, room, by_row):
+    layer = SelfAttention(2, 1, 4, window=3, sinks=True)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 9, 8)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    whole = layer.apply(params, x, attention.causal() & mask)
+    assert not np.allclose(whole, layer.apply(params, x), atol=1e-2)
+    cache, found = KVCache.empty(B, 1, room, 4, by_row=by_row), []
+    for part in jnp.split(x, [4, 5, 6, 8], axis=1):
+        y, cache = layer.apply(params, part, mask, cache=cache)
+        found.append(y)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
+
+
+def test_a_cache_smaller_than_its_window_does_not_roll_but_is_nan_past_its_end():
+    layer = SelfAttention(2, 1, 4, window=5)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 6, 8)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    first, cache = layer.apply(params, x[:, :4], cache=KVCache.empty(B, 1, 4, 4, by_row=True))
+    np.testing.assert_allclose(first, layer.apply(params, x)[:, :4], atol=1e-5)
+    more, _ = layer.apply(params, x[:, 4:], cache=cache, counts=jnp.array([1, 0]))
+    assert np.isnan(more[0]).all()
+    assert not np.isnan(more[1]).any()
+
+
+def test_a_window_goes_with_no_slopes_and_with_a_cache_with_no_ahead_or_bias():
     x = jnp.zeros((B, 2, 8))
     with pytest.raises(ValueError, match="window"):
         SelfAttention(2, window=2, slopes=(0.5, 0.1)).init(jax.random.key(0), x)
@@ -80,3 +114,7 @@ def test_a_window_goes_with_neither_slopes_nor_a_cache_and_tokens_ahead():
     params = ahead.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="window"):
         ahead.apply(params, x, cache=KVCache.empty(B, 2, 4, 4, by_row=True))
+    with pytest.raises(ValueError, match="bias"):
+        ahead.copy(ahead=0).apply(
+            params, x, bias=jnp.zeros((1, 2, 2, 4)), cache=KVCache.empty(B, 2, 4, 4, by_row=True)
+        )

@@ -9,6 +9,7 @@ import pytest
 
 from jaxformer import testing
 from jaxformer.layers.stack import stack_parameters
+from jaxformer.models import transformer
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention
@@ -74,6 +75,33 @@ def test_packed_texts_do_not_see_each_other(variables):
     moved = TOKENS.at[:, 1].set((TOKENS[:, 1] + 1) % V)
     changed = (apply(moved, segments) != apply(TOKENS, segments)).any((0, 2))
     assert changed.tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"windows": (3, None)},
+        {"windows": (2, 2), "scan": True},
+        {"windows": (9, 9)},
+        {"latent": transformer.LatentConfig(4, None, 3, 5)},
+    ],
+    ids=["mixed", "all roll", "larger than the cache", "latent"],
+)
+def test_a_mask_hides_the_same_with_a_cache(draw, choice, monkeypatch):
+    monkeypatch.setattr(transformer, "_SLACK", 1)  # no room but for the window
+    model = Decoder(dataclasses.replace(CONFIG, **choice))
+    variables = draw(model, TOKENS)
+    shown = jnp.array([[1] * 6, [0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1]]) == 1
+    mask = attention.explicit(shown[:, None, None])
+    whole = jax.jit(model.apply)(variables, TOKENS, mask=mask)
+    free = jax.jit(model.apply)(variables, TOKENS)
+    assert (np.abs(whole - free).max((1, 2)) > 1e-3).tolist() == [False, True, True]
+    step = jax.jit(lambda tokens, cache: model.apply(variables, tokens, cache, mask=mask))
+    cache, found = model.empty_cache(3, T), []
+    for part in (TOKENS[:, :3], TOKENS[:, 3:4], TOKENS[:, 4:]):
+        new, cache = step(part, cache)
+        found.append(new)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
 
 
 def test_tied_logits_are_products_with_the_embeddings(draw):

@@ -133,8 +133,10 @@ def test_each_kind_of_positions_is_one_of_all_three_skeletons(program, positions
         assert one != other
 
 
-@pytest.mark.parametrize("other", [{"positions": "buckets"}, {"decoder_layers": 1}])
-def test_windows_go_with_neither_buckets_nor_two_depths(other):
+@pytest.mark.parametrize(
+    "other", [{"positions": "buckets"}, {"decoder_layers": 1}, {"latent": CHANGES["latent"]}]
+)
+def test_windows_go_with_neither_buckets_nor_two_depths_nor_latents(other):
     with pytest.raises(ValueError, match="windows go with neither"):
         dataclasses.replace(CONFIG, windows=(2, 2), **other)
 

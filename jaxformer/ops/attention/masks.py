@@ -47,6 +47,29 @@ class Mask:
         i, j = jnp.arange(query_length), jnp.arange(key_length)
         return canonical.tile(i[None, None, :, None], j[None, None, None])
 
+    def at(self, query_length: int, places: Int[Array, "#B S"]) -> Bool[Array, "#B #N #T #S"]:
+        """Draws the mask where key s of row b is the one at `places[b, s]`, in any order.
+
+        Keys past the end of an array in the mask are hidden.
+
+        Raises:
+            ValueError: If the mask holds arrays of another T, or joins masks of other B, N.
+        """
+
+        def picked(axes: str, leaf: Array) -> Array:
+            if axes == "BNTS":
+                leaf = leaf.reshape((1,) * (4 - leaf.ndim) + leaf.shape)
+            if axes[-1] != "S" or (axes == "BNTS" and leaf.shape[-1] == 1):
+                return leaf
+            index = places.reshape(places.shape[0], *(1,) * (leaf.ndim - 2), -1)
+            hidden = False if leaf.dtype == bool else None  # None: an id that nobody has
+            return jnp.take_along_axis(leaf, index, axis=-1, mode="fill", fill_value=hidden)
+
+        canonical = self.map(picked).canonical(query_length, places.shape[1])
+        check_joined(canonical)
+        queries = jnp.arange(query_length)[None, None, :, None]
+        return canonical.tile(queries, places[:, None, None])
+
     def tile(self, i: Any, j: Any) -> Any:
         """Draws the rectangle of queries `i` and keys `j`, integers that broadcast together.
 

@@ -104,6 +104,39 @@ def test_traced_offsets_draw_what_static_ones_do(make):
         assert (by_row[row] == make(offset).dense(QUERIES, KEYS)[0]).all()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        attention.causal(jnp.array([4, 0, 2])),
+        attention.coarse(attention.causal(), 2, 3) | attention.strided(4, 1),
+        attention.key_lengths(jnp.array([3, 11, 0])),
+        attention.segments(jnp.arange(21).reshape(3, 7) % 3, jnp.arange(33).reshape(3, 11) % 3),
+        attention.explicit(jnp.arange(11) % 3 > 0) & attention.local_global(3),
+        attention.explicit(jnp.arange(2 * 7 * 11).reshape(1, 2, 7, 11) % 5 > 0),
+        attention.explicit(jnp.arange(7)[:, None] > 2),
+    ],
+)
+def test_keys_in_any_order_are_drawn_as_in_order(mask):
+    random = np.random.default_rng(0)
+    every = np.broadcast_to(mask.dense(QUERIES, KEYS), (ROWS, 2, QUERIES, KEYS))
+    for rows in (ROWS, 1):
+        places = random.integers(0, KEYS, (rows, 5))
+        found = np.broadcast_to(mask.at(QUERIES, jnp.asarray(places)), (ROWS, 2, QUERIES, 5))
+        index = np.broadcast_to(places, (ROWS, 5))[:, None, None]
+        np.testing.assert_array_equal(found, np.take_along_axis(every, index, axis=-1))
+
+
+def test_keys_past_the_end_of_a_mask_are_hidden():
+    for mask in (
+        attention.explicit(jnp.ones((2, KEYS), bool)),
+        attention.segments(jnp.zeros((1, 2), int), jnp.zeros((1, KEYS), int)),
+    ):
+        found = mask.at(2, jnp.array([[KEYS - 1, KEYS, 0, KEYS + 7]]))
+        assert found[0, 0, 1].tolist() == [True, False, True, False]
+    with pytest.raises(ValueError, match=r"T=2.* T=7"):
+        attention.explicit(jnp.ones((2, KEYS), bool)).at(QUERIES, jnp.zeros((1, 3), int))
+
+
 def test_structure_survives_jit_and_static_masks_compare_equal():
     mask = attention.causal(2) & attention.key_lengths(jnp.array([1, 2]))
 
