@@ -1,6 +1,5 @@
 """The command `jaxformer generate`."""
 
-import functools
 import itertools
 import json
 import pathlib
@@ -96,7 +95,7 @@ def generate(
     stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if "" in stop:
         raise ValueError("--stop needs a text that is not empty.")
-    write = jax.tree_util.Partial(functools.partial(_decode, model), params)
+    write = jax.tree_util.Partial(model.apply, params)
     for number, text in enumerate(prompt):
         ids = [*start, *words.encode(text)]
         _check(ids, max_new_tokens, model, text)
@@ -126,10 +125,6 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
-
-
-def _decode(model: Decoder, params: Any, tokens: Any, cache: Any, counts: Any = None) -> Any:
-    return model.apply(params, tokens, cache, counts)
 
 
 def _after(pieces: Iterable[str], count: int) -> Iterator[str]:

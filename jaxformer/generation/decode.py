@@ -57,7 +57,7 @@ def complete(
 
         @jax.jit
         def write(params, cache, prompt, lengths, limits, key):
-            decode = lambda *args: model.apply(params, *args)
+            decode = functools.partial(model.apply, params)
             return complete(decode, cache, prompt, steps=256, sample=sampler(top_p=0.9), key=key,
                             prompt_lengths=lengths, limits=limits, stop=(end, (newline, newline)))
 

@@ -7,10 +7,16 @@ The model is a function and a cache:
 runs the next T tokens of each row, of which the first `counts` are real; the rest is padding whose
 logits are ignored and which leaves no trace. The cache is any tree, and alone knows the position of
 each row. A model whose rows are always at the same place may leave `counts` out: it is passed only
-where rows differ. Beams and speculation ask more of the cache; see `RowCache`.
+where rows differ. After a prompt of several tokens, only the logits of each row's last real token
+are asked for, so that no array has P times V numbers a row:
+
+    decode(tokens, cache, counts, last=True) -> (logits: Float[B 1 V], cache)
+
+Beams and speculation ask more of the cache; see `RowCache`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -91,7 +97,7 @@ class State(NamedTuple):
 
 def call(
     decode: Decode, tokens: Int[Array, "B T"], cache: Cache, counts: Int[Array, "B"] | None
-) -> tuple[Float[Array, "B T V"], Cache]:
+) -> tuple[Float[Array, "B #T V"], Cache]:
     """Runs the model, with counts only if there are any."""
     return decode(tokens, cache) if counts is None else decode(tokens, cache, counts)
 
@@ -104,11 +110,17 @@ def prefill(
     *,
     ragged: bool,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads every prompt in one call; returns the logits after each."""
+    """Reads every prompt in one call; returns the logits after each.
+
+    Raises:
+        ValueError: If the model returns the logits of more than one place a row.
+    """
+    if prompt.shape[1] > 1:
+        decode = functools.partial(decode, last=True)
     logits, cache = call(decode, prompt, cache, lengths if ragged else None)
-    if not ragged:
-        return logits[:, -1], cache
-    return jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0], cache
+    if logits.shape[1] != 1:
+        raise ValueError(f"decode(..., last=True) gave logits of T={logits.shape[1]} places.")
+    return logits[:, 0], cache
 
 
 def start(

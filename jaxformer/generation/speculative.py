@@ -117,7 +117,7 @@ def speculate(
 
     key, first = jax.random.split(key)
     state, token, _ = loop.start(decode, cache, prompt, lengths, left, first, rules)
-    _, draft_cache = draft(prompt, draft_cache, lengths)
+    _, draft_cache = loop.prefill(draft, draft_cache, prompt, lengths, ragged=True)
     tokens = jnp.full((batch, steps), pad, prompt.dtype).at[:, 0].set(token)
     now = _Round(jnp.zeros((), jnp.int32), state, draft_cache, tokens, none, none, none + 1)
 

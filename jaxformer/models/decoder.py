@@ -19,6 +19,7 @@ from jaxformer.models.transformer import (
     Means,
     TransformerConfig,
     empty_cache,
+    last_of_each,
     refuse_for_decoder,
     stack,
 )
@@ -88,8 +89,9 @@ class Decoder(nn.Module):
         *,
         mask: Mask | None = None,
         positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
+        last: bool = False,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache]:
+    ) -> Float[Array, "B #T V"] | tuple[Float[Array, "B #T V"], DecoderCache]:
         """Predicts what follows each token.
 
         Args:
@@ -101,6 +103,7 @@ class Decoder(nn.Module):
                 cache it is of the T new tokens at all places of the text; one that counts from the
                 query's place needs `offset=cache.length`.
             positions: Place of each token; counted on from the cache's length, or 0.
+            last: Scores what follows the last real token of each row alone: T is 1 in the logits.
             train: Turns dropout on; needs an rng named "dropout".
 
         Raises:
@@ -113,7 +116,8 @@ class Decoder(nn.Module):
         past = attention.causal(0 if cache is None else cache.length)
         mask = past if mask is None else past & mask
         if cache is None:
-            return self.logits(self.blocks(x, mask, bias=bias, positions=positions, train=train))
+            x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
+            return self.logits(last_of_each(x, None) if last else x)
         x, blocks = self.blocks(
             x,
             mask,
@@ -123,7 +127,7 @@ class Decoder(nn.Module):
             counts=counts,
             train=train,
         )
-        return self.logits(x), DecoderCache(blocks)
+        return self.logits(last_of_each(x, counts) if last else x), DecoderCache(blocks)
 
     def embedded(
         self, tokens: Array, cache: DecoderCache | None, places: Array | None

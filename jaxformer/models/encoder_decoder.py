@@ -21,6 +21,7 @@ from jaxformer.models.encoder import Encoder
 from jaxformer.models.transformer import (
     TransformerConfig,
     empty_cache,
+    last_of_each,
     refuse_for_encoder_decoder,
     stack,
 )
@@ -193,7 +194,9 @@ class EncoderDecoder(nn.Module):
         tokens: Int[Array, "B T"],
         cache: EncoderDecoderCache,
         counts: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], EncoderDecoderCache]:
+        *,
+        last: bool = False,
+    ) -> tuple[Float[Array, "B #T V"], EncoderDecoderCache]:
         """Predicts what follows each of the next tokens of the targets.
 
         Args:
@@ -201,6 +204,7 @@ class EncoderDecoder(nn.Module):
             cache: From `begin`, or from the last step.
             counts: How many of the T tokens of each row are real; the logits of the others mean
                 nothing, and they leave no trace. All if None.
+            last: Scores what follows the last real token of each row alone: T is 1 in the logits.
         """
         bias = None
         if self.config.positions == "buckets":
@@ -213,7 +217,7 @@ class EncoderDecoder(nn.Module):
             cache=cache.blocks,
             counts=counts,
         )
-        return self.logits(x), cache._replace(blocks=blocks)
+        return self.logits(last_of_each(x, counts) if last else x), cache._replace(blocks=blocks)
 
     def embedded(
         self, tokens: Int[Array, "B T"], offset: Int[Array, ""] | Int[Array, "B"]

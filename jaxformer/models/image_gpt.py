@@ -150,14 +150,20 @@ class ImageGPT(nn.Module):
         self.head = Dense(config.vocab_size, kernel_init=zeros)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], cache: Cache | None = None, *, train: bool = False
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache | None = None,
+        *,
+        last: bool = False,
+        train: bool = False,
+    ) -> Float[Array, "B #T V"] | tuple[Float[Array, "B #T V"], Cache]:
         """Predicts the cell that follows each token.
 
         Args:
             tokens: The class token and the cells after it, all but the last at most; or with a
                 cache, what comes after the sequence so far.
             cache: From `empty_cache`; with it the new cache is returned too.
+            last: Scores what follows the last token alone: T is 1 in the logits.
             train: Turns dropout on; needs an rng named "dropout".
 
         Returns:
@@ -170,15 +176,17 @@ class ImageGPT(nn.Module):
         count = tokens.shape[1]
         if count > self.config.cells:
             raise ValueError(f"T={count} exceeds the {self.config.cells} cells.")
+        read = slice(-1 if last else 0, None)
         if cache is None:
-            return self._logits(self.blocks(self._embed(tokens), attention.causal(), train=train))
+            x = self.blocks(self._embed(tokens), attention.causal(), train=train)
+            return self._logits(x[:, read])
 
         start = cached_length(cache.blocks)
         new = tokens.astype(cache.tokens.dtype)
         sequence = lax.dynamic_update_slice(cache.tokens, new, (0, start))
         x = self._embed(sequence, start, count)
         x, blocks = self.blocks(x, attention.causal(start), cache=cache.blocks, train=train)
-        return self._logits(x), Cache(sequence, blocks)
+        return self._logits(x[:, read]), Cache(sequence, blocks)
 
     def _embed(self, sequence: Array, first: int | Array = 0, count: int | None = None) -> Array:
         classes = self.classes(sequence[:, :1] - self.config.vocab_size)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.layers import stack as stacks
@@ -28,7 +29,7 @@ from jaxformer.ops import activations, linear, positions
 from jaxformer.ops import attention as ops_attention
 from jaxformer.ops import experts as ops_experts
 from jaxformer.ops.rope import Rope
-from jaxformer.typing import Array, DTypeLike
+from jaxformer.typing import Array, DTypeLike, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": activations.gelu,
@@ -464,6 +465,13 @@ def _experts(config: TransformerConfig, experts: ExpertsConfig) -> Make:
 
 def _gate(activation: Callable[[Array], Array], gate: Array, value: Array) -> Array:
     return activation(gate) * value
+
+
+def last_of_each(x: Float[Array, "B T D"], counts: Int[Array, "B"] | None) -> Float[Array, "B 1 D"]:
+    """Takes what stands at each row's last real token; without counts, at the last of all."""
+    if counts is None:
+        return x[:, -1:]
+    return jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)
 
 
 def empty_cache(

@@ -1,5 +1,6 @@
 """`jaxformer generate` and `jaxformer inspect`, on a folder made here."""
 
+import functools
 import json
 
 import jax
@@ -38,7 +39,7 @@ def test_it_writes_what_the_model_would(capsys, folder):
     assert code == 0, err
     model, params = interop.load(folder)
     ids = decode.generate(
-        lambda *args: model.apply(params, *args),
+        functools.partial(model.apply, params),
         model.empty_cache(1, 16),
         jnp.array([list(b"ab")]),
         steps=9,

@@ -48,7 +48,7 @@ class Toy:
         shape = (batch, self.room, self.width)
         return Cache(jnp.zeros(shape), jnp.zeros(batch, jnp.int32))
 
-    def decode(self, params, tokens, cache, counts=None):
+    def decode(self, params, tokens, cache, counts=None, last=False):
         """The contract; NaN where a row exceeds the room."""
         embed, mix, out = params
         count, room = tokens.shape[1], cache.keys.shape[1]
@@ -62,6 +62,8 @@ class Toy:
         hidden = jnp.arange(room)[None, None] > places[..., None]
         weights = jax.nn.softmax(jnp.where(hidden, -jnp.inf, weights), where=~hidden)
         logits = (x + jnp.einsum("bts,bsd->btd", weights, keys)) @ out
+        if last:
+            logits = jnp.take_along_axis(logits, counts[:, None, None] - 1, axis=1)
         length = cache.length + counts
         return jnp.where(length[:, None, None] > room, jnp.nan, logits), Cache(keys, length)
 

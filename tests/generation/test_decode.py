@@ -182,12 +182,11 @@ def test_the_cache_goes_on_with_the_next_turn(toy, params, write):
 def equal_positions(toy, params):
     """The model without counts, its position one number: rows cannot be apart."""
 
-    def model(tokens, cache):
+    def model(tokens, cache, last=False):
         keys, position = cache
         rows = jnp.full(tokens.shape[0], position)
-        logits, new = toy.decode(
-            params, tokens, toy.empty_cache(1)._replace(keys=keys, length=rows)
-        )
+        cache = toy.empty_cache(1)._replace(keys=keys, length=rows)
+        logits, new = toy.decode(params, tokens, cache, last=last)
         return logits, (new.keys, position + tokens.shape[1])
 
     return model
@@ -209,9 +208,9 @@ def test_a_model_without_counts_or_lengths_serves_equal_prompts(toy, params, wri
 def test_the_loop_ends_when_every_row_has():
     calls = []
 
-    def watched(tokens, calls_so_far):
+    def watched(tokens, calls_so_far, last=True):
         jax.debug.callback(lambda: calls.append(1))
-        return jnp.zeros((*tokens.shape, V)).at[..., 4].set(1.0), calls_so_far + 1
+        return jnp.zeros((len(tokens), 1, V)).at[..., 4].set(1.0), calls_so_far + 1
 
     def run(**arguments):
         calls.clear()
@@ -233,9 +232,9 @@ def test_the_loop_ends_when_every_row_has():
 def test_the_model_is_called_once_less_than_there_are_columns(toy, params):
     fed = []
 
-    def watched(tokens, cache):
+    def watched(tokens, cache, **options):
         jax.debug.callback(lambda length: fed.append(int(length[0])), cache.length)
-        return toy.decode(params, tokens, cache)
+        return toy.decode(params, tokens, cache, **options)
 
     @jax.jit
     def run(prompt):

@@ -57,9 +57,9 @@ def expected(toy):
 def test_the_stream_is_what_complete_writes_and_compiles_once(toy, expected):
     traces = []
 
-    def model(params, tokens, cache, counts):
+    def model(params, tokens, cache, counts, last=False):
         traces.append(tokens.shape)
-        return toy.decode(params, tokens, cache, counts)
+        return toy.decode(params, tokens, cache, counts, last)
 
     cache = toy.empty_cache(3)
     for every in (1, 4):
@@ -99,9 +99,9 @@ def test_the_stream_is_what_complete_writes_and_compiles_once(toy, expected):
 def test_tokens_come_before_the_text_is_done(toy):
     calls = []
 
-    def watched(tokens, cache, counts):
+    def watched(tokens, cache, counts, last=True):
         jax.debug.callback(lambda: calls.append(1))
-        return jnp.zeros((*tokens.shape, V)), cache
+        return jnp.zeros((len(tokens), 1, V)), cache
 
     arguments = {"steps": 5, "sample": samplers.greedy(), "key": KEYS[0]}
     chunks = stream(watched, jnp.zeros(()), PROMPT, prompt_lengths=LENGTHS, **arguments)

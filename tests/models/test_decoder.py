@@ -1,6 +1,7 @@
 """The decoder: no token sees its future, and a cache changes nothing but the cost."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,17 @@ def test_cached_logits_are_the_uncached_ones(variables, apply, scan):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), apply(TOKENS), atol=1e-5)
     more, _ = step(TOKENS[:, :1], cache)
     assert np.isnan(more).all()  # the cache is full
+
+
+def test_the_last_logits_are_those_of_each_rows_last_real_token(variables, apply):
+    whole, counts = apply(TOKENS), jnp.array([2, 6, 1])
+    model = Decoder(CONFIG)
+    run = jax.jit(functools.partial(model.apply, last=True))
+    np.testing.assert_allclose(run(variables, TOKENS), whole[:, -1:], atol=1e-5)
+    for given, at in ((None, [5, 5, 5]), (counts, counts - 1)):
+        logits, cache = run(variables, TOKENS, model.empty_cache(3, T), given)
+        np.testing.assert_allclose(logits[:, 0], whole[jnp.arange(3), jnp.array(at)], atol=1e-5)
+        assert cache.length.tolist() == [at + 1 for at in at]
 
 
 def test_scanned_logits_are_the_unrolled_ones(variables, apply):

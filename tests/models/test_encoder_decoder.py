@@ -98,6 +98,16 @@ def test_cached_logits_are_the_uncached_ones_and_rows_grow_each_by_itself(writer
     assert np.isnan(logits[0]).all()  # its cache was full
 
 
+def test_the_last_logits_are_those_of_each_rows_last_real_token(variables):
+    cache = MODEL.apply(variables, SOURCE, max_length=T, method="begin")
+    step = jax.jit(functools.partial(MODEL.apply, method="step"), static_argnames="last")
+    for counts in (None, jnp.array([1, 4, 2])):
+        whole, _ = step(variables, TARGET, cache, counts)
+        found, _ = step(variables, TARGET, cache, counts, last=True)
+        at = jnp.full(B, T - 1) if counts is None else counts - 1
+        np.testing.assert_allclose(found[:, 0], whole[jnp.arange(B), at], atol=1e-5)
+
+
 def test_rows_are_selected_and_rewound_with_their_sources(writer):
     whole, cache, step = writer
     _, cache = step(TARGET[:, :2], cache, jnp.array([2, 2, 1]))

@@ -1,6 +1,7 @@
 """The image GPT is a distribution over pictures, and no cell of it sees its future."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,14 @@ def test_cached_logits_are_the_uncached_ones(variables, apply, scan):
     assert (cache.tokens == TOKENS).all()
     more, _ = step(TOKENS[:, :1], cache)
     assert np.isnan(more).all()  # the picture is full
+
+
+def test_the_last_logits_are_those_of_the_last_token(variables, apply):
+    model, whole = ImageGPT(CONFIG), apply(TOKENS)[:, -1:]
+    run = jax.jit(functools.partial(model.apply, last=True))
+    np.testing.assert_allclose(run(variables, TOKENS), whole, atol=1e-5)
+    found, _ = run(variables, TOKENS, model.empty_cache(len(TOKENS)))
+    np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
 def test_the_fast_form_is_the_plain_one(draw):
