@@ -27,7 +27,7 @@ from jaxformer.models import image_gpt
 from jaxformer.models.image_gpt import ImageGPT, ImageGPTConfig
 from jaxformer.ops import linear, losses
 from jaxformer.ops.attention import blocked
-from jaxformer.training import checkpoint, data, interrupts, mesh, mnist, optimizers, run
+from jaxformer.training import checkpoint, data, loop, mesh, mnist, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step, pmap_step
 
@@ -147,26 +147,19 @@ def train(cfg: Config, model: ImageGPT, digits: mnist.Digits, devices, record: r
     numbers = {"accumulate": cfg.accumulate, "compute_dtype": cfg.compute_dtype}
     pure = make_train_step(make_loss(cfg, model), optimizer, ema_decay=cfg.ema, **numbers)
     step_fn = (jit_step if cfg.step == "jit" else pmap_step)(pure, devices)
-    folder = record.folder / "checkpoints"
-    with checkpoint.Checkpoints(folder, cfg.meaning()) as saved, interrupts.Interrupts() as stop:
-        restored, done = saved.restore(state), 0
-        if restored is not None:
-            data.check_position(batches, restored.step, restored.data_position)
-            state, done = restored.state, restored.step
-        profile = (10, 15) if cfg.profile else None
-        steps = {"units_per_step": cfg.batch, "every": cfg.log_every, "profile": profile}
-        record.start(done, cfg.steps, config=cfg, **steps)
-        for step in range(done + 1, cfg.steps + 1):
-            state, metrics = step_fn(state, batches.batch(step - 1))
-            record.step(step, metrics)
-            stopped = stop.reached(step)
-            if step % cfg.save_every == 0 or step == cfg.steps or stopped:
-                run.check_finite(step, metrics)
-                saved.save(step, state, batches.position(step))
-            if stopped:
-                print(f"Stopped after step {step}: saved; the same command goes on.")
-                return None
-    return state
+    return loop.train(
+        state,
+        step_fn,
+        batches,
+        record,
+        steps=cfg.steps,
+        config=cfg,
+        meaning=cfg.meaning(),
+        units_per_step=cfg.batch,
+        save_every=cfg.save_every,
+        log_every=cfg.log_every,
+        profile=(10, 15) if cfg.profile else None,
+    )
 
 
 def main(cfg: Config) -> int:

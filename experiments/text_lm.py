@@ -34,7 +34,7 @@ from experiments import texts
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import losses
-from jaxformer.training import checkpoint, data, interrupts, mesh, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import Step, jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -135,29 +135,26 @@ def train(
     """Trains to the end, or until a signal; returns the parameters, or None after a signal."""
     state, step_fn, batches = begin(cfg, model, text, devices)
     read = texts.make_reader(model, cfg.context, devices)
-    folder, meaning = record.folder / "checkpoints", cfg.meaning(text)
-    with checkpoint.Checkpoints(folder, meaning) as saved, interrupts.Interrupts() as stop:
-        restored, done = saved.restore(state), 0
-        if restored is not None:
-            state, done = restored.state, restored.step
-        units = {"units_per_step": cfg.batch * cfg.context, "unit": "tokens"}
-        record.start(done, cfg.steps, config=cfg, every=cfg.log_every, **units)
-        for step in range(done + 1, cfg.steps + 1):
-            state, metrics = step_fn(state, batches.batch(step - 1))
-            jax.block_until_ready(metrics)  # many steps under way can block each other on a CPU
-            record.step(step, metrics)
-            stopped, due = stop.reached(step), step % cfg.save_every == 0 or step == cfg.steps
-            if due or stopped:
-                run.check_finite(step, metrics)
-                if due:
-                    with record.paused():
-                        nats = read(state.params, text.train, text.valid, cfg.context)
-                    record.write(step, {"validation": nats / len(text.valid)})
-                saved.save(step, state, batches.position(step))
-            if stopped:
-                print(f"Stopped after step {step}: saved; the same command goes on.")
-                return None
-    return state.params
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        nats = read(state.params, text.train, text.valid, cfg.context)
+        return {"validation": nats / len(text.valid)}
+
+    last = loop.train(
+        state,
+        step_fn,
+        batches,
+        record,
+        steps=cfg.steps,
+        config=cfg,
+        meaning=cfg.meaning(text),
+        units_per_step=cfg.batch * cfg.context,
+        unit="tokens",
+        save_every=cfg.save_every,
+        log_every=cfg.log_every,
+        evaluate=evaluate,
+    )
+    return None if last is None else last.params
 
 
 def main(cfg: Config) -> int:

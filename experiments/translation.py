@@ -32,7 +32,7 @@ from experiments.pairs import Pairs
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention, losses
-from jaxformer.training import checkpoint, data, interrupts, mesh, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -130,25 +130,20 @@ def train(
     key, example = jax.random.key(cfg.seed), jnp.zeros((1, 2), int)
     state = TrainState.create(jax.jit(model.init)(key, example, example), optimizer, key)
     step_fn, source = jit_step(make_train_step(loss, optimizer), devices), batches(cfg, pairs)
-    folder, meaning = record.folder / "checkpoints", cfg.meaning(pairs)
-    with checkpoint.Checkpoints(folder, meaning) as saved, interrupts.Interrupts() as stop:
-        restored, done = saved.restore(state), 0
-        if restored is not None:
-            state, done = restored.state, restored.step
-        units = {"units_per_step": cfg.batch, "unit": "pairs"}
-        record.start(done, cfg.steps, config=cfg, every=cfg.log_every, **units)
-        for step in range(done + 1, cfg.steps + 1):
-            state, metrics = step_fn(state, source.batch(step - 1))
-            jax.block_until_ready(metrics)  # many steps under way can block each other on a CPU
-            record.step(step, metrics)
-            stopped = stop.reached(step)
-            if step % cfg.save_every == 0 or step == cfg.steps or stopped:
-                run.check_finite(step, metrics)
-                saved.save(step, state, source.position(step))
-            if stopped:
-                print(f"Stopped after step {step}: saved; the same command goes on.")
-                return None
-    return state.params
+    last = loop.train(
+        state,
+        step_fn,
+        source,
+        record,
+        steps=cfg.steps,
+        config=cfg,
+        meaning=cfg.meaning(pairs),
+        units_per_step=cfg.batch,
+        unit="pairs",
+        save_every=cfg.save_every,
+        log_every=cfg.log_every,
+    )
+    return None if last is None else last.params
 
 
 def main(cfg: Config) -> int:
