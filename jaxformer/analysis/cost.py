@@ -206,11 +206,7 @@ def decode(config: "TransformerConfig", context: int, batch: int = 1) -> Parts:
         batch: Texts.
     """
     check(config)
-    keys = 0
-    for window, room in zip(_windows(config), _rooms(config, context)):
-        beside = window is not None and room < window  # the new key is not in the cache yet
-        keys += room + beside
-    return _operations(config, batch, batch * keys)
+    return _operations(config, batch, batch * sum(_rooms(config, context)))
 
 
 def crossover(config: "TransformerConfig") -> float:

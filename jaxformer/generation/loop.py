@@ -37,7 +37,8 @@ class RowCache(Protocol):
     """A cache whose rows can be chosen and shortened one by one.
 
     It may also have a static `max_length`, the tokens a row has room for: prompts that are known
-    not to fit are then refused.
+    not to fit are then refused; and a static `max_rewind`, the tokens that `rewind` can forget
+    unless that is None: drafts of more are refused.
 
     Attributes:
         length: Tokens of each row so far.

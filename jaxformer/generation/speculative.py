@@ -89,7 +89,7 @@ def speculate(
         draft_cache: The draft's, with the same room.
         prompt: Tokens, padded on the right with anything; P is 1 or more.
         steps: The most new tokens a row can have, 0 or more.
-        draft_steps: Proposals a round, 1 or more.
+        draft_steps: Proposals a round, 1 or more, and no more than the caches can rewind.
         sample: Filters both models' distributions; from `samplers`.
         key: A typed key.
         prompt_lengths: Tokens of each row's prompt, from 1 to P; by default all have P.
@@ -98,7 +98,8 @@ def speculate(
         pad: Token that fills up rows.
 
     Raises:
-        ValueError: As `decode.complete`, or if `draft_steps` is below 1.
+        ValueError: As `decode.complete`, or if `draft_steps` is below 1, or above what a cache is
+            known to rewind.
 
     References:
         Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
@@ -107,6 +108,10 @@ def speculate(
     """
     if draft_steps < 1:
         raise ValueError(f"speculation needs draft_steps >= 1, got {draft_steps=}.")
+    for name, held in (("cache", cache), ("draft_cache", draft_cache)):
+        most = getattr(held, "max_rewind", None)
+        if most is not None and draft_steps > most:
+            raise ValueError(f"{draft_steps=} exceeds the {most} tokens that {name} can rewind.")
     lengths, left = loop.prepare((cache, draft_cache), prompt, prompt_lengths, steps, limits)
     rules = _Rules(sample, stops.sequences(stop), pad, True, sample.filtered, draft_steps)
     batch = prompt.shape[0]

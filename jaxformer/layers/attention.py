@@ -159,9 +159,9 @@ def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
 
 
 def cached_room(cache: StackCache) -> int:
-    """Counts the tokens that the first block of a stack has room for."""
-    first: Any = cache[0] if type(cache) is tuple else cache
-    return (first.own if isinstance(first, CrossCache) else first).room
+    """Counts the tokens that every block of a stack has room for."""
+    blocks: Any = cache if type(cache) is tuple else (cache,)
+    return min((x.own if isinstance(x, CrossCache) else x).room for x in blocks)
 
 
 def select_rows(cache: StackCache, rows: Int[Array, "R"]) -> StackCache:

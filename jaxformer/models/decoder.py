@@ -1,15 +1,16 @@
 """A decoder-only language model: each token's logits depend on the tokens up to it."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.layers.attention import (
     StackCache,
     cached_length,
-    cached_room,
     rewound,
     select_rows,
 )
@@ -20,6 +21,7 @@ from jaxformer.models.transformer import (
     TransformerConfig,
     empty_cache,
     last_of_each,
+    max_rewind,
     refuse_for_decoder,
     stack,
 )
@@ -28,23 +30,36 @@ from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
-class DecoderCache(NamedTuple):
-    """What a decoder remembers of each row; rows grow each by itself."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+    """What a decoder remembers of each row; rows grow each by itself.
+
+    Attributes:
+        blocks: Keys and values.
+        max_length: Tokens that a row has room for.
+    """
 
     blocks: StackCache
+    max_length: int = dataclasses.field(metadata={"static": True})
 
     @property
     def length(self) -> Int[Array, "B"]:
         """Tokens so far."""
         return cached_length(self.blocks)
 
+    @property
+    def max_rewind(self) -> int | None:
+        """Tokens that `rewind` can forget: 15 in layers with a window; None for all."""
+        return max_rewind(self.blocks, self.max_length)
+
     def select(self, rows: Int[Array, "R"]) -> "DecoderCache":
         """Takes rows of the batch, in any order and number."""
-        return DecoderCache(select_rows(self.blocks, rows))
+        return dataclasses.replace(self, blocks=select_rows(self.blocks, rows))
 
     def rewind(self, lengths: Int[Array, "B"]) -> "DecoderCache":
-        """Forgets the tokens from `lengths` on; in layers with a window, 15 tokens at most."""
-        return DecoderCache(rewound(self.blocks, lengths))
+        """Forgets the tokens from `lengths` on, `max_rewind` at most."""
+        return dataclasses.replace(self, blocks=rewound(self.blocks, lengths))
 
 
 class Decoder(nn.Module):
@@ -107,12 +122,15 @@ class Decoder(nn.Module):
             train: Turns dropout on; needs an rng named "dropout".
 
         Raises:
-            ValueError: If the text is longer than the table of learned positions.
+            ValueError: If the text is longer than the table of learned positions, or a mask that
+                comes with a cache has another T, or not S = `cache.max_length`.
         """
         x, length, bias = self.embedded(tokens, cache, positions), tokens.shape[1], None
         if self.config.positions == "buckets":
-            keys: Any = (length,) if cache is None else (cached_room(cache.blocks), cache.length)
+            keys: Any = (length,) if cache is None else (cache.max_length, cache.length)
             bias = self.bias(length, *keys)
+        if mask is not None and cache is not None:
+            mask = mask.canonical(length, cache.max_length)  # layers with a window know no S
         past = attention.causal(0 if cache is None else cache.length)
         mask = past if mask is None else past & mask
         if cache is None:
@@ -127,7 +145,9 @@ class Decoder(nn.Module):
             counts=counts,
             train=train,
         )
-        return self.logits(last_of_each(x, counts) if last else x), DecoderCache(blocks)
+        return self.logits(last_of_each(x, counts) if last else x), dataclasses.replace(
+            cache, blocks=blocks
+        )
 
     def embedded(
         self, tokens: Array, cache: DecoderCache | None, places: Array | None
@@ -178,4 +198,5 @@ class Decoder(nn.Module):
         bound = self.config.max_length
         if bound and max_length > bound:
             raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
-        return DecoderCache(empty_cache(self.config, batch, max_length, dtype, by_row=True))
+        blocks = empty_cache(self.config, batch, max_length, dtype, by_row=True)
+        return DecoderCache(blocks, max_length)

@@ -1,7 +1,7 @@
 """An encoder-decoder: writes one text while reading another."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jaxformer.layers.attention import (
     CrossCache,
     StackCache,
     cached_length,
-    cached_room,
     rewound,
     select_rows,
 )
@@ -22,24 +21,29 @@ from jaxformer.models.transformer import (
     TransformerConfig,
     empty_cache,
     last_of_each,
+    max_rewind,
     refuse_for_encoder_decoder,
     stack,
 )
 from jaxformer.ops import attention, positions
 from jaxformer.ops.attention import Mask
-from jaxformer.typing import Array, Bool, DTypeLike, Float, Int
+from jaxformer.typing import Array, DTypeLike, Float, Int
 
 
-class EncoderDecoderCache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderCache:
     """What is remembered of each source and of each target so far; rows grow each by itself.
 
     Attributes:
         blocks: Keys and values of the target, and once and for all those of the source.
         source: Which tokens of the source exist.
+        max_length: Tokens that a target has room for.
     """
 
     blocks: StackCache
-    source: Bool[Array, "B S"]
+    source: Any  # Bool[Array, "B S"], for which JAX puts shapes and axis numbers too
+    max_length: int = dataclasses.field(metadata={"static": True})
 
     @property
     def length(self) -> Int[Array, "B"]:
@@ -47,18 +51,18 @@ class EncoderDecoderCache(NamedTuple):
         return cached_length(self.blocks)
 
     @property
-    def max_length(self) -> int:
-        """Tokens that a target has room for."""
-        return cached_room(self.blocks)
+    def max_rewind(self) -> int | None:
+        """Tokens that `rewind` can forget: 15 in layers with a window; None for all."""
+        return max_rewind(self.blocks, self.max_length)
 
     def select(self, rows: Int[Array, "R"]) -> "EncoderDecoderCache":
         """Takes rows of the batch, sources and targets, in any order and number."""
-        blocks = select_rows(self.blocks, rows)
-        return EncoderDecoderCache(blocks, jnp.take(self.source, rows, axis=0))
+        blocks, source = select_rows(self.blocks, rows), jnp.take(self.source, rows, axis=0)
+        return dataclasses.replace(self, blocks=blocks, source=source)
 
     def rewind(self, lengths: Int[Array, "B"]) -> "EncoderDecoderCache":
-        """Forgets the targets' tokens from `lengths` on."""
-        return self._replace(blocks=rewound(self.blocks, lengths))
+        """Forgets the targets' tokens from `lengths` on, `max_rewind` at most."""
+        return dataclasses.replace(self, blocks=rewound(self.blocks, lengths))
 
 
 class EncoderDecoder(nn.Module):
@@ -187,7 +191,7 @@ class EncoderDecoder(nn.Module):
         nothing = jnp.zeros((batch, 0, config.width), context.dtype)
         _, blocks = self.blocks(nothing, attention.causal(), context=context, cache=blocks)
         blocks = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, blocks)
-        return EncoderDecoderCache(blocks, exists)
+        return EncoderDecoderCache(blocks, exists, max_length)
 
     def step(
         self,
@@ -217,7 +221,9 @@ class EncoderDecoder(nn.Module):
             cache=cache.blocks,
             counts=counts,
         )
-        return self.logits(last_of_each(x, counts) if last else x), cache._replace(blocks=blocks)
+        return self.logits(last_of_each(x, counts) if last else x), dataclasses.replace(
+            cache, blocks=blocks
+        )
 
     def embedded(
         self, tokens: Int[Array, "B T"], offset: Int[Array, ""] | Int[Array, "B"]

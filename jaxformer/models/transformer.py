@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.layers import stack as stacks
-from jaxformer.layers.attention import CrossAttention, SelfAttention, StackCache
+from jaxformer.layers.attention import (
+    CrossAttention,
+    SelfAttention,
+    StackCache,
+    cached_room,
+)
 from jaxformer.layers.block import (
     Block,
     BranchNorm,
@@ -495,3 +500,8 @@ def empty_cache(
     return stacks.empty_cache(
         config.num_layers, config.scan, *sizes, dtype, value_dim=value_dim, by_row=by_row
     )
+
+
+def max_rewind(blocks: StackCache, max_length: int) -> int | None:
+    """Counts the tokens that such a cache can forget; None for all, where no window's rolls."""
+    return None if cached_room(blocks) >= max_length else _SLACK - 1

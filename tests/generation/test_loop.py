@@ -11,6 +11,7 @@ from jaxformer.generation import loop, samplers
 from jaxformer.generation.beam import beam_search
 from jaxformer.generation.decode import complete
 from jaxformer.generation.speculative import speculate
+from jaxformer.generation.stream import stream
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import TransformerConfig
@@ -73,6 +74,28 @@ def test_no_array_has_the_logits_of_all_places_of_a_prompt(request, kind, length
         ),
     ):
         assert not of_prompts(shapes(write, cache, PROMPT))
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+def test_what_cannot_fit_is_refused_before_the_model_runs(request, kind):
+    _, cache = request.getfixturevalue(kind)
+
+    def decode(*args, **options):
+        raise AssertionError("the model was run")
+
+    message = r"prompt_lengths\[0\]=13 .* 17 places; the cache has room for 16"
+    steps = {"steps": 5}
+    for write in (
+        lambda: complete(decode, cache, PROMPT, **steps, **DRAWS),
+        lambda: stream(decode, cache, PROMPT, prompt_lengths=LENGTHS, **steps, **DRAWS),
+        lambda: beam_search(decode, cache, PROMPT, num_beams=2, prompt_lengths=LENGTHS, **steps),
+        lambda: speculate(decode, cache, decode, cache, PROMPT, draft_steps=2, **steps, **DRAWS),
+        lambda: jax.eval_shape(
+            lambda cache: complete(decode, cache, PROMPT, **steps, **DRAWS), cache
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write()
 
 
 def test_a_model_that_scores_all_places_is_refused(decoder):

@@ -1,6 +1,7 @@
 """Speculation writes with the target's own distribution: chi-square over whole texts."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 
@@ -12,6 +13,8 @@ import pytest
 from scipy import stats
 
 from jaxformer.generation import decode, samplers, speculative, stops
+from jaxformer.models.decoder import Decoder
+from jaxformer.models.transformer import TransformerConfig
 
 V, P, STEPS, DRAWS = 6, 3, 3, 30_000
 PROMPT = jnp.asarray([[1, 4, 0], [3, 0, 2]])
@@ -193,6 +196,31 @@ def test_greedy_speculation_is_greedy_decoding(make_toy):
             np.testing.assert_array_equal(done.accepted, new - 1 - (new - 1) // 4)
         else:
             assert (done.accepted < done.proposed).any()
+
+
+def test_drafts_are_as_long_as_windows_can_forget(draw):
+    config = TransformerConfig(V, 8, 2, num_heads=2, num_kv_heads=1, head_dim=4, hidden=6)
+    model = Decoder(dataclasses.replace(config, windows=(3, 2)))
+    steps, params = 40, [draw(model, PROMPT, seed=seed) for seed in (0, 1)]
+    caches = [model.empty_cache(2, P + steps) for _ in params]
+    target, draft = (functools.partial(model.apply, part) for part in params)
+    rest = {"steps": steps, "key": jax.random.key(0), "sample": samplers.greedy()}
+    rest["prompt_lengths"] = LENGTHS
+
+    def write(draft_steps):
+        caches_of = (target, caches[0], draft, caches[1])
+        return speculative.speculate(*caches_of, PROMPT, draft_steps=draft_steps, **rest)
+
+    plain = jax.jit(lambda: decode.complete(target, caches[0], PROMPT, **rest))()
+    done = jax.jit(lambda: write(15))()
+    np.testing.assert_array_equal(done.tokens, plain.tokens)
+    assert (done.accepted < done.proposed).all()
+    with pytest.raises(ValueError, match="draft_steps=16 exceeds the 15 tokens that cache"):
+        write(16)
+    caches[0] = model.empty_cache(2, 17)
+    rest["steps"] = 2
+    with pytest.raises(ValueError, match="draft_steps=16 exceeds the 15 tokens that draft_cache"):
+        write(16)
 
 
 def test_the_cache_goes_on_with_the_next_turn(make_toy):

@@ -116,6 +116,35 @@ def test_a_mask_hides_the_same_with_a_cache(draw, choice, monkeypatch):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
 
 
+def test_a_mask_of_another_size_than_the_caches_is_refused(variables):
+    model = Decoder(dataclasses.replace(CONFIG, windows=(2, 2)))
+    for mask, message in (
+        (attention.explicit(jnp.ones((2, 9), bool)), "T=2.* T=3"),
+        (attention.explicit(jnp.ones((3, 8), bool)), "S=8.* S=9"),
+        (attention.segments(jnp.zeros((3, 3), int)), "S=3.* S=9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.apply(variables, TOKENS[:, :3], model.empty_cache(3, 9), mask=mask)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_window_can_forget_as_many_tokens_as_its_cache_says(draw, scan):
+    config = dataclasses.replace(CONFIG, windows=(3, 3), scan=scan)
+    model, size = Decoder(config), 40
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (3, size)))
+    variables = draw(model, tokens)
+    whole = jax.jit(model.apply)(variables, tokens)
+    assert model.empty_cache(3, 17).max_rewind is None  # nothing is ever overwritten
+    cache = model.empty_cache(3, size)
+    assert (cache.max_length, cache.max_rewind) == (size, 15)
+    step = jax.jit(model.apply)
+    _, cache = step(variables, tokens[:, :30], cache)
+    lengths = jnp.array([30, 21, 15])
+    logits, cache = step(variables, tokens[jnp.arange(3), lengths][:, None], cache.rewind(lengths))
+    np.testing.assert_allclose(logits[:, 0], whole[jnp.arange(3), lengths], atol=1e-5)
+    assert cache.max_length == size
+
+
 def test_tied_logits_are_products_with_the_embeddings(draw):
     model = Decoder(dataclasses.replace(CONFIG, tie_embeddings=True, num_layers=1))
     variables = draw(model, TOKENS)

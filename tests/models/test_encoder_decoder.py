@@ -67,6 +67,7 @@ WRITERS = {
     "learned": dataclasses.replace(
         CONFIG, positions="learned", max_length=8, qk_norm=True, decoder_vocab_size=13
     ),
+    "windows": dataclasses.replace(CONFIG, windows=(2, None)),
     "sinusoidal": dataclasses.replace(CONFIG, positions="sinusoidal_halves", order="post"),
 }
 
