@@ -14,7 +14,7 @@ import tyro
 
 from jaxformer import interop
 from jaxformer.generation import samplers, stream
-from jaxformer.models.decoder import Decoder
+from jaxformer.models.decoder import Decoder, DecoderCache
 from jaxformer.tokenizers import formats
 from jaxformer.tokenizers.tokenizer import Tokenizer
 
@@ -85,42 +85,29 @@ def generate(
     if not isinstance(model, Decoder):
         raise ValueError(f"{folder} holds no decoder; generate continues texts with one.")
     words = formats.load(folder if tokenizer is None else tokenizer)
-    said = _said(folder)
-    first = said.get("bos_token_id")
-    begins = bos == "yes" or (bos == "auto" and said.get("model_type") in _BEGINS)
-    if begins and first is None:
-        raise ValueError(f"{folder / 'config.json'}: there is no bos_token_id; use --bos no.")
-    start = [int(first)] if begins and first is not None else []
-    ends = said.get("eos_token_id")
-    stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    start, ends = _marks(folder, bos)
     if "" in stop:
         raise ValueError("--stop needs a text that is not empty.")
     write = jax.tree_util.Partial(model.apply, params)
     for number, text in enumerate(prompt):
         ids = [*start, *words.encode(text)]
         _check(ids, max_new_tokens, model, text)
-        room = _rounded(len(ids))
-        bound = model.config.max_length
-        cache = model.empty_cache(
-            1, min(room + max_new_tokens, bound or room + max_new_tokens), _kind(params)
-        )
-        padded = np.zeros((1, room), np.int32)
-        padded[0, : len(ids)] = ids
+        prompted, cache = _room(ids, max_new_tokens, model, _kind(params))
         chunks = stream.stream(
             write,
             cache,
-            jnp.asarray(padded),
+            prompted,
             steps=max_new_tokens,
             sample=chosen,
             key=jax.random.fold_in(jax.random.key(seed), number)[None],
             prompt_lengths=jnp.asarray([len(ids)]),
-            stop=stops or None,
+            stop=ends or None,
             every=_EVERY,
         )
         sys.stdout.write(text)
         # What a token looks like depends on those before it: the prompt is decoded too.
         given = ids[len(start) :]
-        pieces = words.decode_stream(itertools.chain(given, _tokens(chunks, words, stops)))
+        pieces = words.decode_stream(itertools.chain(given, _tokens(chunks, words, ends)))
         for piece in _until(_after(pieces, len(words.decode(given))), stop):
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -193,6 +180,17 @@ def _check(ids: list[int], steps: int, model: Decoder, text: str) -> None:
         )
 
 
+def _marks(folder: pathlib.Path, bos: str) -> tuple[list[int], list[int]]:
+    """The tokens that stand before a text, and those that end one."""
+    said = _said(folder)
+    first, ends = said.get("bos_token_id"), said.get("eos_token_id")
+    begins = bos == "yes" or (bos == "auto" and said.get("model_type") in _BEGINS)
+    if begins and first is None:
+        raise ValueError(f"{folder / 'config.json'}: there is no bos_token_id; use --bos no.")
+    start = [int(first)] if begins and first is not None else []
+    return start, ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def _said(folder: pathlib.Path) -> dict[str, Any]:
     """What the folder says of how texts begin and end."""
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -206,9 +204,16 @@ def _said(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _rounded(length: int) -> int:
-    """A length of which there are few, so that little is compiled."""
-    return max(16, 1 << (length - 1).bit_length())
+def _room(ids: list[int], steps: int, model: Decoder, dtype: Any) -> tuple[Any, DecoderCache]:
+    """The prompt in a row of a length of which there are few, so that little is compiled; a cache.
+
+    Neither is longer than the model allows.
+    """
+    rounded = max(16, 1 << (len(ids) - 1).bit_length())
+    bound = model.config.max_length or rounded + steps
+    row = np.zeros((1, min(rounded, bound)), np.int32)
+    row[0, : len(ids)] = ids
+    return jnp.asarray(row), model.empty_cache(1, min(rounded + steps, bound), dtype)
 
 
 def _kind(params: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxformer.generation import loop, stops
 from jaxformer.generation.loop import Cache, Decode, RowCache
 from jaxformer.generation.stops import Stop
-from jaxformer.typing import Array, Bool, Float, Int
+from jaxformer.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class Beams(NamedTuple):
@@ -50,6 +50,31 @@ class _Search(NamedTuple):
     live: _Texts
     done: _Texts
     open: Bool[Array, "B"]
+
+    @classmethod
+    def begin(
+        cls, cache: RowCache, shape: tuple[int, int], room: int, dtype: DTypeLike
+    ) -> "_Search":
+        """All K live texts are the prompt, so that only one may be continued."""
+        batch, num_beams = shape
+        nothing = _Texts(
+            jnp.full((*shape, room), -1, dtype),
+            jnp.zeros(shape, jnp.int32),
+            jnp.full(shape, -jnp.inf),
+        )
+        return cls(
+            cache.select(jnp.repeat(jnp.arange(batch), num_beams)),
+            jnp.zeros((), jnp.int32),
+            live=nothing._replace(scores=nothing.scores.at[:, 0].set(0)),
+            done=nothing,
+            open=jnp.ones(batch, bool),
+        )
+
+    def going(self, early_stopping: bool | str) -> Bool[Array, "B"]:
+        """In which rows a text may still join those that are done."""
+        if early_stopping is True:
+            return self.open & jnp.isneginf(self.done.scores).any(1)
+        return self.open
 
 
 def beam_search(
@@ -112,36 +137,21 @@ def beam_search(
     if vocab_size <= len(ends):
         raise ValueError(f"V={vocab_size} tokens are not more than the stops {ends}.")
     choose = _chooser(num_beams, steps, length_penalty, early_stopping, ends)
-    shape = (batch, num_beams)
-
-    def texts(scores: Float[Array, "B K"]) -> _Texts:
-        tokens = jnp.full((*shape, stops.longest(ends) + steps), -1, prompt.dtype)
-        return _Texts(tokens, jnp.zeros(shape, jnp.int32), scores)
-
-    nothing = jnp.full(shape, -jnp.inf)
-    search = _Search(
-        cache.select(jnp.repeat(jnp.arange(batch), num_beams)),
-        jnp.zeros((), jnp.int32),
-        live=texts(nothing.at[:, 0].set(0)),  # all K are the prompt: only one may be continued
-        done=texts(nothing),
-        open=jnp.ones(batch, bool),
-    )
+    shape, margin = (batch, num_beams), stops.longest(ends)
 
     def advance(search: _Search) -> _Search:
-        place = stops.longest(ends) + search.step - 1
+        place = margin + search.step - 1
         last = jax.lax.dynamic_index_in_dim(search.live.tokens, place, axis=2, keepdims=False)
         logits, cache = decode(last.reshape(-1, 1), search.cache)
         return choose(search._replace(cache=cache), logits[:, -1].reshape(*shape, -1))
 
     def unfinished(search: _Search) -> Bool[Array, ""]:
-        going = search.open
-        if early_stopping is True:
-            going &= jnp.isneginf(search.done.scores).any(1)
-        return (search.step < steps) & going.any()
+        return (search.step < steps) & search.going(early_stopping).any()
 
+    search = _Search.begin(cache, shape, margin + steps, prompt.dtype)
     everywhere = jnp.broadcast_to(logits[:, None], (*shape, vocab_size))
     done = jax.lax.while_loop(unfinished, advance, choose(search, everywhere)).done
-    new = done.tokens[..., stops.longest(ends) :]
+    new = done.tokens[..., margin:]
     tokens = jax.vmap(
         lambda new, drawn: loop.join(prompt, lengths, new, drawn, pad), in_axes=1, out_axes=1
     )(new, done.lengths)
@@ -174,11 +184,9 @@ def _chooser(
         recent = jax.lax.dynamic_slice_in_dim(tokens, step + 1, margin, axis=2)
         ended = stops.ended(recent, ends) | (step + 1 == steps)
 
-        may_win = search.open
-        if early_stopping is True:
-            may_win &= jnp.isneginf(search.done.scores).any(1)
         first = (jnp.arange(candidates) < num_beams)[None]
-        final = jnp.where(ended & first & may_win[:, None], scores / divisor(step + 1), -jnp.inf)
+        joins = ended & first & search.going(early_stopping)[:, None]
+        final = jnp.where(joins, scores / divisor(step + 1), -jnp.inf)
         both = zip(search.done, _Texts(tokens, lengths, final))
         done, _ = _Texts(*(jnp.concatenate(pair, axis=1) for pair in both)).best(num_beams)
 

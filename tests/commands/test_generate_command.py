@@ -116,6 +116,32 @@ def test_a_tokenizer_of_another_model_is_refused(capsys, draw, tmp_path):
     assert "vocabulary of 50" in err
 
 
+def test_a_prompt_is_not_padded_beyond_the_positions_of_its_model(capsys, draw, tmp_path):
+    biases = {name: True for name in ("qkv_bias", "out_bias", "mlp_bias")}
+    config = TransformerConfig(
+        300,
+        8,
+        1,
+        2,
+        2,
+        4,
+        6,
+        positions="learned",
+        max_length=40,
+        gated=False,
+        norm="layer",
+        activation="gelu_tanh",
+        epsilon=1e-5,
+        **biases,
+    )
+    interop.save(Decoder(config), draw(Decoder(config), jnp.zeros((1, 1), int)), tmp_path / "gpt2")
+    Bytes().save(tmp_path / "gpt2" / "tokenizer.json")
+    given = ["--bos", "no", "--prompt", "x" * 34, "--max-new-tokens", 6]
+    code, out, err = run(capsys, "generate", tmp_path / "gpt2", *given)
+    assert code == 0, err
+    assert out.startswith("x" * 34)
+
+
 def test_inspect_counts(capsys, folder):
     code, out, err = run(capsys, "inspect", folder, "--json")
     assert code == 0, err
