@@ -3,7 +3,7 @@
     python -m benchmarks.lm_step                    needs torch and transformers; two minutes
 
 Both losses must fall alike over the first steps before anything is timed; both are timed in turn in
-one process.
+one process, whose allocator keeps its memory as that of the experiments does.
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ import optax
 import tyro
 
 from benchmarks import record
-from jaxformer.ops import linear, losses
-from jaxformer.ops.attention import flash
+from jaxformer.models.decoder import Decoder
+from jaxformer.models.skeleton import fastest
+from jaxformer.ops import losses
+from jaxformer.training import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,10 @@ def main(cfg: Config) -> None:
     """Prints one line of JSON for each."""
     import torch
 
+    mesh.keep_host_memory()  # of both
     theirs, model, params = record.llama_of_both(cfg)
     theirs.train()
-    model = model.clone(attend=flash.attend, project=linear.project_input_first)
+    model = Decoder(model.config, *fastest(model.config, causal=True))
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (cfg.batch, cfg.length))
     tokens, given = jnp.asarray(ids), torch.tensor(ids)
     optimizer = optax.adamw(1e-3, weight_decay=0.01)

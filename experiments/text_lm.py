@@ -32,6 +32,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from experiments import texts
 from jaxformer.models.decoder import Decoder
+from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import losses
 from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
@@ -163,7 +164,8 @@ def main(cfg: Config) -> int:
     devices = mesh.make(cfg.mesh, batch=cfg.batch)
     run.enable_compile_cache()
     text = texts.load(cfg.data, cfg.bpe, least=cfg.context + 1)
-    model = Decoder(dataclasses.replace(cfg.model, vocab_size=text.tokenizer.vocab_size))
+    config = dataclasses.replace(cfg.model, vocab_size=text.tokenizer.vocab_size)
+    model = Decoder(config, *fastest(config, causal=True))
     cfg = settle(cfg, model, text, devices) if cfg.minutes else cfg
     with run.Run(cfg.run) as record:
         params = train(cfg, model, text, devices, record)
@@ -176,7 +178,9 @@ def main(cfg: Config) -> int:
             text, cfg.context, lambda n: read(params, text.train, text.valid, n)
         )
         record.report(report)
-        written = texts.write(model, jax.device_get(params), text.train, cfg.context, cfg.seed)
+        written = texts.write(
+            Decoder(config), jax.device_get(params), text.train, cfg.context, cfg.seed
+        )
         samples = "\n\n-----\n\n".join(map(text.tokenizer.decode, written))
         (record.folder / "samples.txt").write_text(samples)
         rows = map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())

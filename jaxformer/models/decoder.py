@@ -1,31 +1,21 @@
 """A decoder-only language model: each token's logits depend on the tokens up to it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.layers.attention import (
-    StackCache,
-    cached_length,
-    rewound,
-    select_rows,
-)
-from jaxformer.layers.embed import Embed, RelativeBias
-from jaxformer.layers.linear import Dense
+from jaxformer.layers.attention import StackCache, cached_length, rewound, select_rows
+from jaxformer.models.skeleton import Skeleton
 from jaxformer.models.transformer import (
-    Means,
-    TransformerConfig,
     empty_cache,
     last_of_each,
     max_rewind,
     refuse_for_decoder,
-    stack,
 )
-from jaxformer.ops import attention, linear, positions
+from jaxformer.ops import attention
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
@@ -62,39 +52,19 @@ class DecoderCache:
         return dataclasses.replace(self, blocks=rewound(self.blocks, lengths))
 
 
-class Decoder(nn.Module):
+class Decoder(Skeleton):
     """Embedding, causal blocks, norm, logits.
 
     Attributes:
         config: Sizes and choices.
-        attend: Any function with the signature of `ops.attention.attend`, such as `flash.attend`.
-        project: The product of all linear maps of the blocks.
+        attend: As in all skeletons, such as `flash.attend`.
+        project: Likewise, such as `linear.project_input_first`.
     """
 
-    config: TransformerConfig
-    attend: Callable[..., Array] = attention.attend
-    project: Callable[[Array, Array], Array] = linear.project
-
     def setup(self) -> None:
-        config = self.config
-        refuse_for_decoder(config)
-        self.embed = Embed(config.vocab_size, config.width)
-        if config.positions == "learned":
-            rows = config.max_length + config.position_offset
-            self.places = Embed(rows, config.width)
-        if config.positions == "buckets":
-            self.bias = RelativeBias(
-                config.num_heads, config.num_buckets, config.max_distance, bidirectional=False
-            )
-        if config.embed_norm:
-            self.norm_in = config.make_norm()()
-        self.blocks = stack(
-            config, cross=False, name="blocks", means=Means(self.attend, self.project)
-        )
-        if config.final_norm:
-            self.norm = config.make_norm()()
-        if not config.tie_embeddings:
-            self.head = Dense(config.vocab_size, config.head_bias)
+        refuse_for_decoder(self.config)
+        self.make_parts(self.config.vocab_size, causal=True)
+        self.blocks = self.make_blocks(self.config, cross=False)
 
     def __call__(
         self,
@@ -153,38 +123,17 @@ class Decoder(nn.Module):
         self, tokens: Array, cache: DecoderCache | None, places: Array | None
     ) -> Float[Array, "B T D"]:
         """What the first block reads."""
-        config, length = self.config, tokens.shape[1]
-        x = self.embed(tokens)
-        if config.embed_scale != 1.0:
-            x = x * jnp.asarray(config.embed_scale, x.dtype)
-        sinusoidal = config.positions in ("sinusoidal", "sinusoidal_halves")
+        length = tokens.shape[1]
         if places is None:
             places = jnp.arange(length)
             if cache is not None:
                 places = cache.length[:, None] + places[None]
-        if config.positions == "learned":
-            if length > config.max_length:
-                raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
-            learned = self.places(places + config.position_offset)
-            x = x + (learned if learned.ndim == 3 else learned[None])
-        elif sinusoidal:
-            halves = config.positions == "sinusoidal_halves"
-            waves = positions.sinusoidal(places, config.width, halves=halves, dtype=x.dtype)
-            x = x + (waves if waves.ndim == 3 else waves[None])
-        return self.norm_in(x) if config.embed_norm else x
+        x = self.placed(self.scaled(tokens), places.reshape(-1, length))
+        return self.norm_in(x) if self.config.embed_norm else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores the next token from what the last block wrote."""
-        config = self.config
-        if config.final_norm:
-            x = self.norm(x)
-            self.sow("intermediates", "normed", x)
-        if config.logit_scale != 1.0:
-            x = x * jnp.asarray(config.logit_scale, x.dtype)
-        logits = self.embed.logits(x) if config.tie_embeddings else self.head(x)
-        if config.logit_softcap is not None:
-            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-        return logits
+        return self.scored(self.normed(x))
 
     @nn.nowrap
     def empty_cache(

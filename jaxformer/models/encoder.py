@@ -3,22 +3,16 @@
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from jaxformer.layers.embed import Embed, RelativeBias
+from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
-from jaxformer.models.transformer import (
-    ACTIVATIONS,
-    TransformerConfig,
-    refuse_for_encoder,
-    stack,
-)
-from jaxformer.ops import positions as ops_positions
+from jaxformer.models.skeleton import Skeleton
+from jaxformer.models.transformer import ACTIVATIONS, refuse_for_encoder
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, Float, Int, PyTree
 
 
-class Encoder(nn.Module):
+class Encoder(Skeleton):
     """Embedding, blocks that look both ways, norm; vectors, one for the text, or logits.
 
     The parameters of a head appear where the model is initialised with that head's method:
@@ -26,43 +20,31 @@ class Encoder(nn.Module):
 
     Attributes:
         config: Sizes and choices; `tie_embeddings` says whether `logits` uses the embedding table.
+        attend: As in all skeletons.
+        project: Likewise.
 
     References:
         Devlin et al. 2019, "BERT". https://arxiv.org/abs/1810.04805
         Lan et al. 2020, "ALBERT", section 3.1. https://arxiv.org/abs/1909.11942
     """
 
-    config: TransformerConfig
-
     def setup(self) -> None:
         config = self.config
         refuse_for_encoder(config)
         if config.positions == "alibi":
             raise NotImplementedError("the slopes of ALiBi are for looking back alone.")
+        self.make_parts(config.vocab_size, causal=False)
         width = config.embed_width or config.width
-        self.embed = Embed(config.vocab_size, width)
-        if config.positions == "learned":
-            self.places = Embed(config.max_length + config.position_offset, width)
         if config.token_types:
             self.types = Embed(config.token_types, width)
-        if config.positions == "buckets":
-            self.bias = RelativeBias(config.num_heads, config.num_buckets, config.max_distance)
-        if config.embed_norm:
-            self.norm_in = config.make_norm()()
         if config.embed_width is not None:
             self.widen = Dense(config.width, use_bias=True)
-        self.blocks = stack(config, cross=False, name="blocks")
-        if config.final_norm:
-            self.norm = config.make_norm()()
+        self.blocks = self.make_blocks(config, cross=False)
         if config.pooler:
             self.pool = Dense(config.width, use_bias=True)
         if config.head_transform is not None:
             self.transform = Dense(width, config.mlp_bias)
             self.norm_out = config.make_norm()()
-        if not config.tie_embeddings:
-            self.head = Dense(config.vocab_size, config.head_bias)
-        elif config.head_bias:
-            self.head_bias = self.param("head_bias", nn.initializers.zeros, (config.vocab_size,))
 
     def __call__(
         self,
@@ -91,11 +73,7 @@ class Encoder(nn.Module):
         bias = None
         if self.config.positions == "buckets":
             bias = self.bias(x.shape[1], x.shape[1])
-        x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
-        if self.config.final_norm:
-            x = self.norm(x)
-            self.sow("intermediates", "normed", x)
-        return x
+        return self.normed(self.blocks(x, mask, bias=bias, positions=positions, train=train))
 
     def pooled(
         self, tokens: Int[Array, "B S"], mask: Mask | None = None, **kwargs: Any
@@ -117,53 +95,32 @@ class Encoder(nn.Module):
         x = self(tokens, mask, **kwargs)
         if config.head_transform is not None:
             x = self.norm_out(ACTIVATIONS[config.head_transform](self.transform(x)))
-        if config.logit_scale != 1.0:
-            x = x * jnp.asarray(config.logit_scale, x.dtype)
-        if not config.tie_embeddings:
-            x = self.head(x)
-        else:
-            x = self.embed.logits(x)
-            if config.head_bias:
-                x = x + self.head_bias.astype(x.dtype)[None, None]
-        if config.logit_softcap is not None:
-            x = config.logit_softcap * jnp.tanh(x / config.logit_softcap)
-        return x
+        return self.scored(x)
 
     def embedded(
         self, tokens: Array, mask: Mask | None, token_types: Array | None, places: Array | None
     ) -> Float[Array, "B S D"]:
         """What the first block reads."""
         config = self.config
-        x = self.scaled(self.embed(tokens), tokens, mask)
+        x = self.seen(self.scaled(tokens), tokens, mask)
         if config.token_types:
             x = x + self.types(jnp.zeros_like(tokens) if token_types is None else token_types)
         elif token_types is not None:
             raise ValueError("token_types are given, but the config has none.")
-        if config.positions in ("learned", "sinusoidal", "sinusoidal_halves"):
-            x = x + self.placed(tokens, places, x).astype(x.dtype)
-        x = self.norm_in(x) if config.embed_norm else x
-        return x if config.embed_width is None else self.widen(x)
-
-    def placed(self, tokens: Array, places: Array | None, x: Array) -> Float[Array, "#B S E"]:
-        """What is added to `x` for the places of the tokens."""
-        config, length = self.config, tokens.shape[1]
         if places is None:
-            places = jnp.arange(length)
+            places = jnp.arange(tokens.shape[1])
             if config.pad_token is not None:
                 real = tokens != config.pad_token
                 places = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
-        places = places.reshape(-1, length)
-        if config.positions != "learned":
-            halves = config.positions == "sinusoidal_halves"
-            return ops_positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
-        if length > config.max_length:
-            raise ValueError(f"S={length} exceeds the {config.max_length} learned positions.")
-        return self.places(places + config.position_offset)
+        x = self.placed(x, places.reshape(-1, tokens.shape[1]))
+        x = self.norm_in(x) if config.embed_norm else x
+        return x if config.embed_width is None else self.widen(x)
 
-    def scaled(self, x: Array, tokens: Array, mask: Mask | None) -> Float[Array, "B S E"]:
-        """What becomes of the tokens' vectors before anything is added to them."""
-        scale = self.config.embed_scale
-        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+    def seen(
+        self, x: Float[Array, "B S E"], tokens: Array, mask: Mask | None
+    ) -> Float[Array, "B S E"]:
+        """What becomes of the tokens' vectors before anything is added to them: nothing here."""
+        return x
 
 
 def attention_maps(

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jaxformer.layers.attention import (
     CrossCache,
@@ -14,18 +13,17 @@ from jaxformer.layers.attention import (
     rewound,
     select_rows,
 )
-from jaxformer.layers.embed import Embed, RelativeBias
-from jaxformer.layers.linear import Dense
+from jaxformer.layers.embed import Embed
 from jaxformer.models.encoder import Encoder
+from jaxformer.models.skeleton import Skeleton
 from jaxformer.models.transformer import (
     TransformerConfig,
     empty_cache,
     last_of_each,
     max_rewind,
     refuse_for_encoder_decoder,
-    stack,
 )
-from jaxformer.ops import attention, positions
+from jaxformer.ops import attention
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
@@ -65,7 +63,7 @@ class EncoderDecoderCache:
         return dataclasses.replace(self, blocks=rewound(self.blocks, lengths))
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Skeleton):
     """An encoder, and causal blocks that look at what it says; both share the embedding table.
 
     For writing, `begin` reads the sources and `step` goes on with the targets:
@@ -75,32 +73,20 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
         config: Sizes of each half.
+        attend: As in all skeletons.
+        project: Likewise.
     """
-
-    config: TransformerConfig
 
     def setup(self) -> None:
         config = self.config
         refuse_for_encoder_decoder(config)
-        self.encoder = Encoder(_first_half(config))
-        if config.decoder_vocab_size is not None:
-            self.embed = Embed(config.decoder_vocab_size, config.width)
-        if config.positions == "learned":
-            self.places = Embed(config.max_length + config.position_offset, config.width)
-        if config.positions == "buckets":
-            self.bias = RelativeBias(
-                config.num_heads, config.num_buckets, config.max_distance, bidirectional=False
-            )
-        if config.embed_norm:
-            self.norm_in = config.make_norm()()
-        self.blocks = stack(_second_half(config), cross=True, name="blocks")
-        if config.final_norm:
-            self.norm = config.make_norm()()
-        vocab_size = config.decoder_vocab_size or config.vocab_size
-        if not config.tie_embeddings:
-            self.head = Dense(vocab_size, config.head_bias)
-        elif config.head_bias:
-            self.head_bias = self.param("head_bias", nn.initializers.zeros, (vocab_size,))
+        self.encoder = Encoder(_first_half(config), self.attend, self.project)
+        self.make_parts(config.decoder_vocab_size or 0, causal=True)
+        self.blocks = self.make_blocks(_second_half(config), cross=True)
+
+    def table(self) -> Embed:
+        """The vectors of the target's tokens."""
+        return self.encoder.embed if self.config.decoder_vocab_size is None else self.embed
 
     def __call__(
         self,
@@ -229,37 +215,13 @@ class EncoderDecoder(nn.Module):
         self, tokens: Int[Array, "B T"], offset: Int[Array, ""] | Int[Array, "B"]
     ) -> Float[Array, "B T D"]:
         """What the first block reads of a target whose tokens stand from `offset` on."""
-        config, length = self.config, tokens.shape[1]
-        x = self._table()(tokens)
-        if config.embed_scale != 1.0:
-            x = x * jnp.asarray(config.embed_scale, x.dtype)
-        places = offset.reshape(-1, 1) + jnp.arange(length)[None]
-        if config.positions == "learned":
-            if length > config.max_length:
-                raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
-            x = x + self.places(places + config.position_offset)
-        elif config.positions in ("sinusoidal", "sinusoidal_halves"):
-            halves = config.positions == "sinusoidal_halves"
-            x = x + positions.sinusoidal(places, config.width, halves=halves, dtype=x.dtype)
-        return self.norm_in(x) if config.embed_norm else x
+        places = offset.reshape(-1, 1) + jnp.arange(tokens.shape[1])[None]
+        x = self.placed(self.scaled(tokens), places)
+        return self.norm_in(x) if self.config.embed_norm else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores the next token from what the last block wrote."""
-        config = self.config
-        if config.final_norm:
-            x = self.norm(x)
-            self.sow("intermediates", "normed", x)
-        if config.logit_scale != 1.0:
-            x = x * jnp.asarray(config.logit_scale, x.dtype)
-        logits = self._table().logits(x) if config.tie_embeddings else self.head(x)
-        if config.tie_embeddings and config.head_bias:
-            logits = logits + self.head_bias.astype(x.dtype)[None, None]
-        if config.logit_softcap is not None:
-            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-        return logits
-
-    def _table(self) -> Embed:
-        return self.encoder.embed if self.config.decoder_vocab_size is None else self.embed
+        return self.scored(self.normed(x))
 
 
 def _first_half(config: TransformerConfig) -> TransformerConfig:

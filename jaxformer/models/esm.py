@@ -80,12 +80,13 @@ class ESM(Encoder):
         super().setup()
         self.contact = Dense(1, use_bias=True)
 
-    def scaled(self, x: Array, tokens: Array, mask: Mask | None) -> Float[Array, "B S E"]:
+    def seen(
+        self, x: Float[Array, "B S E"], tokens: Array, mask: Mask | None
+    ) -> Float[Array, "B S E"]:
         """Leaves out what is masked, and makes up for it."""
         config = self.config
         if self.is_initializing():
             self.contact(jnp.zeros((1, config.num_layers * config.num_heads)))
-        x = super().scaled(x, tokens, mask)
         if config.mask_token is None:
             return x
         masked = tokens == config.mask_token

@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder import Encoder
 from jaxformer.models.encoder_decoder import EncoderDecoder
+from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import ExpertsConfig, LatentConfig, TransformerConfig
+from jaxformer.ops.attention import blocked
 from jaxformer.ops.rope import Rope
 
 CONFIG = TransformerConfig(7, 6, 2, num_heads=4, num_kv_heads=2, head_dim=2, hidden=5)
@@ -183,3 +187,27 @@ def test_sizes_that_cannot_be_are_named_in_the_error(field, value, message):
 
 def test_the_tiny_size_has_the_vocabulary_asked_for():
     assert TransformerConfig.tiny(11).vocab_size == 11
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"positions": "alibi"}, {"windows": (2, None)}, {"softcap": 3.0}, {"sinks": True}],
+    ids=str,
+)
+def test_the_fastest_means_compute_the_same(causal, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    kind = Decoder if causal else Encoder
+    if not causal and "positions" in changes:
+        config = dataclasses.replace(CONFIG, positions="buckets")
+    tokens, means = jnp.arange(14).reshape(2, 7) % 7, fastest(config, causal=causal)
+    params = kind(config).init(jax.random.key(0), tokens)
+    values, fast = (
+        jax.value_and_grad(lambda p, model=model: jnp.sin(model.apply(p, tokens)).mean())(params)
+        for model in (kind(config), kind(config, *means))
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(y, x, atol=1e-5 * np.abs(x).max()), values, fast
+    )
+    in_blocks = means.attend is blocked.attend_causal
+    assert in_blocks == (causal and not changes)

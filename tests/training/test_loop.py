@@ -89,9 +89,7 @@ def test_no_more_than_two_steps_are_under_way(tmp_path, monkeypatch):
         return step(state, batch)
 
     wait = loop.jax.block_until_ready
-    monkeypatch.setattr(
-        loop.jax, "block_until_ready", lambda x: events.append("waited") or wait(x)
-    )
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda x: events.append("waited") or wait(x))
     train(tmp_path, counted, log_every=6, save_every=6)
     ahead = np.cumsum([1 if event == "begun" else -1 for event in events])
     assert ahead.max() == 2
