@@ -1,6 +1,7 @@
 """The command `jaxformer cost`."""
 
-import json as json_format
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxformer.analysis import cost as costs
+from jaxformer.models import published
 from jaxformer.models.transformer import TransformerConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -30,54 +32,11 @@ _BYTES = {
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Prints what a decoder costs.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a decoder is like.
 
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ValueError: If the sizes do not go together.
-        SystemExit: If the arguments are none, with code 2, or ask for help.
-    """
-    return tyro.cli(
-        cost,
-        prog="jaxformer cost",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-
-
-def cost(
-    *,
-    width: int = 768,
-    layers: int = 12,
-    heads: int = 12,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    hidden: int | None = None,
-    vocab_size: int = 50257,
-    gated: bool = False,
-    untied: bool = False,
-    biases: bool = False,
-    qk_norm: bool = False,
-    norm: Literal["rms", "layer", "layer_without_bias"] = "layer",
-    order: Literal["pre", "post", "sandwich", "branch", "parallel"] = "pre",
-    learned_positions: int = 0,
-    windows: Windows = (),
-    remat: bool = False,
-    context: int = 1024,
-    batch: int = 1,
-    dtype: Dtype = "float32",
-    json: bool = False,
-) -> int:
-    """Counts parameters, operations and memory of a decoder, without running it.
-
-    Operations are those of matrix products, a multiplication and an addition each counting one, on
-    all texts: of dense attention, which multiplies every pair of tokens; of its causal part, the
-    pairs that see each other; and of one token more with a cache for the whole context.
-
-    Args:
+    Attributes:
         width: Channels of the stream, D.
         layers: Blocks.
         heads: Of queries, N.
@@ -94,49 +53,132 @@ def cost(
         learned_positions: Rows of a table of positions; 0 for positions that are not learned.
         windows: Tokens that each may look at, layer by layer and again from the first on; 0 for
             all.
-        remat: Whether training computes each block again.
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    vocab_size: int = 50257
+    gated: bool = False
+    untied: bool = False
+    biases: bool = False
+    qk_norm: bool = False
+    norm: Literal["rms", "layer", "layer_without_bias"] = "layer"
+    order: Literal["pre", "post", "sandwich", "branch", "parallel"] = "pre"
+    learned_positions: int = 0
+    windows: Windows = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What it is asked to do.
+
+    Attributes:
         context: Tokens of a text, T, and of the cache.
         batch: Texts.
         dtype: Of parameters, activations and cache.
+        remat: Whether training computes each block again.
         json: Numbers for programs, in place of the tables.
     """
-    for name, value in (("context", context), ("batch", batch), ("heads", heads)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+    context: int = 1024
+    batch: int = 1
+    dtype: Dtype = "float32"
+    remat: bool = False
+    json: bool = False
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints what a decoder costs: a published one if the first argument is a name.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: If the sizes do not go together, or the name or its cost is not known.
+        SystemExit: If the arguments are none, with code 2, or ask for help.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    try:
+        return tyro.cli(
+            cost_of_published if named else cost_of_sizes,
+            prog="jaxformer cost",
+            args=list(arguments),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None
+
+
+def cost_of_sizes(sizes: Sizes, use: Use) -> int:
+    """Counts parameters, operations and memory of a decoder, without running it.
+
+    A name in place of sizes means a published one: jaxformer cost llama3_8b. It stands first.
+
+    Operations are those of matrix products, a multiplication and an addition each counting one, on
+    all texts: of dense attention, which multiplies every pair of tokens; of its causal part, the
+    pairs that see each other; and of one token more with a cache for the whole context.
+    """
+    width, heads, head_dim, windows = sizes.width, sizes.heads, sizes.head_dim, sizes.windows
+    if heads < 1:
+        raise ValueError(f"--heads must be at least 1, got {heads}.")
     if head_dim is None:
         if width % heads:
             raise ValueError(f"--width {width} is no multiple of --heads {heads}: say --head-dim.")
         head_dim = width // heads
-    if 0 < learned_positions < context:
-        raise ValueError(f"--context {context} exceeds --learned-positions {learned_positions}.")
-    looks = [windows[layer % len(windows)] or None for layer in range(layers)] if windows else []
+    layers = range(sizes.layers) if windows else ()
     config = TransformerConfig(
-        vocab_size,
+        sizes.vocab_size,
         width,
-        layers,
+        sizes.layers,
         heads,
-        heads if kv_heads is None else kv_heads,
+        heads if sizes.kv_heads is None else sizes.kv_heads,
         head_dim,
-        4 * width if hidden is None else hidden,
-        qk_norm=qk_norm,
-        tie_embeddings=not untied,
-        remat=remat,
-        norm=norm,
-        order=order,
-        positions="learned" if learned_positions else "none",
-        max_length=learned_positions,
-        windows=tuple(looks),
-        gated=gated,
-        qkv_bias=biases,
-        out_bias=biases,
-        mlp_bias=biases,
+        4 * width if sizes.hidden is None else sizes.hidden,
+        qk_norm=sizes.qk_norm,
+        tie_embeddings=not sizes.untied,
+        norm=sizes.norm,
+        order=sizes.order,
+        positions="learned" if sizes.learned_positions else "none",
+        max_length=sizes.learned_positions,
+        windows=tuple(windows[layer % len(windows)] or None for layer in layers),
+        gated=sizes.gated,
+        qkv_bias=sizes.biases,
+        out_bias=sizes.biases,
+        mlp_bias=sizes.biases,
     )
-    found = counts(config, context, batch, dtype)
-    if json:
-        print(json_format.dumps(found, indent=2))
+    return show(config, use)
+
+
+def cost_of_published(model: Annotated[str, tyro.conf.Positional], use: Use) -> int:
+    """Counts parameters, operations and memory of a published decoder, without running it.
+
+    Args:
+        model: A name in `jaxformer.models.published.DECODERS`.
+    """
+    if model not in published.DECODERS:
+        names = ", ".join(published.DECODERS)
+        raise ValueError(f"there is no decoder {model!r}; there are {names}.")
+    return show(published.DECODERS[model], use)
+
+
+def show(config: TransformerConfig, use: Use) -> int:
+    """Prints what a config costs."""
+    context, batch, rows = use.context, use.batch, config.max_length
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if config.positions == "learned" and rows < context:
+        raise ValueError(f"--context {context} exceeds the {rows} learned positions.")
+    found = counts(dataclasses.replace(config, remat=use.remat), context, batch, use.dtype)
+    if use.json:
+        print(json.dumps(found, indent=2))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in tables(found, context, batch, dtype):
+    for table in tables(found, context, batch, use.dtype):
         console.print(table)
     print(
         f"Scores of attention cost as much as its projections at {found['crossover']:,.0f} tokens."
@@ -145,11 +187,14 @@ def cost(
 
 
 def counts(config: TransformerConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
-    """All figures: by part where they have parts, with their total."""
+    """All figures, by part where they have parts, with their total; None is what is not counted."""
 
     def named(parts: costs.Parts) -> dict[str, int]:
         return {**vars(parts), "total": parts.total}
 
+    activations = None
+    if config.experts is None:
+        activations = costs.activation_bytes(config, context, batch, dtype=dtype).total
     return {
         "parameters": named(costs.parameters(config)),
         "operations": {
@@ -159,7 +204,7 @@ def counts(config: TransformerConfig, context: int, batch: int, dtype: str) -> d
             "decode": named(costs.decode(config, context, batch)),
         },
         "bytes": costs.training_bytes(config, dtype=dtype)
-        | {"activations": costs.activation_bytes(config, context, batch, dtype=dtype).total}
+        | {"activations": activations}
         | {"cache": costs.cache_bytes(config, context, batch, dtype=dtype)},
         "crossover": costs.crossover(config),
     }
@@ -180,7 +225,8 @@ def tables(found: dict[str, Any], context: int, batch: int, dtype: str) -> list[
     memory = Table("", "bytes", title=f"Memory, {dtype}")
     memory.columns[1].justify = "right"
     for name, told in _BYTES.items():
-        memory.add_row(told, short(found["bytes"][name]) + "B")
+        size = found["bytes"][name]
+        memory.add_row(told, "not counted" if size is None else short(size) + "B")
     return [parts, memory]
 
 

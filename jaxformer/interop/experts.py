@@ -149,7 +149,7 @@ def _read_deepseek(s: Settings) -> TransformerConfig:
     gain = 1.0
     given = s.look("rope_parameters", None) or s.look("rope_scaling", None) or {}
     if given.get("rope_type", given.get("type")) == "yarn" and given.get("mscale_all_dim"):
-        gain = yarn_gain(given["factor"], given["mscale_all_dim"]) ** 2
+        gain = yarn_gain(float(given["factor"]), float(given["mscale_all_dim"])) ** 2
     rope = s.rope()[""]
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "output_router_logits"):
         s.take(name, None)  # layers that no checkpoint of transformers has

@@ -51,6 +51,26 @@ def test_windows_repeat_over_the_layers(cost):
     assert cache("--windows", "0", "113") == cache() * (1024 + 113 + 15) // (2 * 1024)
 
 
+def test_a_published_decoder_is_called_by_its_name(cost):
+    code, out, _ = cost("llama3_8b", "--json", "--context", "8192", "--dtype", "bfloat16")
+    found = json.loads(out)
+    assert code == 0
+    assert found["parameters"]["total"] == 8_030_261_248
+    assert found["bytes"]["cache"] == 2**30
+
+
+def test_what_training_keeps_of_experts_is_not_counted(cost):
+    code, out, _ = cost("mixtral_8x7b")
+    assert code == 0
+    assert "46,702,792,704" in out
+    assert "not counted" in next(line for line in out.splitlines() if "activations" in line)
+
+
+def test_remat_keeps_less_of_a_published_decoder(cost):
+    kept = [json.loads(cost("gpt2_124m", "--json", *x)[1])["bytes"] for x in ([], ["--remat"])]
+    assert kept[1]["activations"] < kept[0]["activations"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -60,6 +80,9 @@ def test_windows_repeat_over_the_layers(cost):
         (("--layers", "0"), "num_layers must be positive, got 0"),
         (("--context", "9", "--learned-positions", "8"), "--context 9 exceeds"),
         (("--windows", "-1"), "windows must be positive"),
+        (("gpt2_124m", "--context", "1025"), "--context 1025 exceeds the 1024 learned positions"),
+        (("gpt2", "--json"), "there is no decoder 'gpt2'; there are gpt2_124m, gpt2_355m, "),
+        (("deepseek_v3",), "the cost of latent=LatentConfig(rank=512"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_one_line(cost, arguments, told):
@@ -70,7 +93,8 @@ def test_sizes_that_do_not_go_together_are_one_line(cost, arguments, told):
     assert err.count("\n") == 1
 
 
-def test_a_word_that_is_no_flag_gives_2(cost):
+@pytest.mark.parametrize("words", [("--depth", "3"), ("gpt2_124m", "--width", "768")])
+def test_a_word_that_is_no_flag_gives_2(cost, words):
     with pytest.raises(SystemExit) as stopped:
-        cost("--depth", "3")
+        cost(*words)
     assert stopped.value.code == 2
