@@ -6,12 +6,12 @@ r"""Learns to guess hidden tokens: of texts, of proteins, of the aligned protein
     python -m experiments.masked_lm alignment --data FILE --truth NPZ      ESM, a sequence a line
 
 15 % of the tokens are to be guessed, of which 80 % are hidden, 10 % are shown as another and 10 %
-as they are. The report has the nats of a token that is to be guessed, the share that is guessed
-right, and the nats for who knows no more than how frequent each token is. Columns of an alignment
-that touch in the folded protein change together: the report says how many of the pairs that look
-at each other most do (`precision`: of as many pairs as there are columns, six or more apart, those
-closer than 8 Å). No structure takes part in training. `--shuffle` is the control: it deals each
-column anew to the sequences. The same command goes on where it was stopped.
+as they are. The report has the nats of such a token, the share that is guessed right, and the nats
+for who knows no more than how frequent each token is. Columns of an alignment that touch in the
+folded protein change together: `precision` is the share that touch, closer than 8 Å, among as many
+pairs as there are columns, six apart or more, those that look at each other most. No structure
+takes part in training; `--shuffle`, the control, deals each column anew to the sequences. The same
+command goes on where it was stopped.
 """
 
 import dataclasses
@@ -88,10 +88,9 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        least = {"context": 4, "steps": 1, "batch": 1, "save_every": 1, "log_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        for name in ("context", "steps", "batch", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {self.rate}.")
 
@@ -102,18 +101,15 @@ class Config:
         return settings | {"rows": zlib.crc32(np.ascontiguousarray(rows.train[:, 0]).tobytes())}
 
 
-_PROTEINS = ESMConfig.esm2(128, 4, 4)
+_PROTEINS: dict[str, Any] = {"kind": "proteins", "model": ESMConfig.esm2(128, 4, 4), "context": 256}
 _ALIGNED = dataclasses.replace(  # columns have places of their own; one layer, so that maps say all
     ESMConfig.esm2(128, 1, 16), head_dim=16, hidden=32, positions="learned", pad_token=None
 )
+_ALIGNMENT: dict[str, Any] = {"kind": "alignment", "model": _ALIGNED, "rate": 0.3, "steps": 2000}
 KINDS = {
     "text": Config(),
-    "proteins": Config(
-        "runs/masked_lm_proteins", (), kind="proteins", model=_PROTEINS, context=256, batch=16
-    ),
-    "alignment": Config(
-        "runs/masked_lm_alignment", (), kind="alignment", model=_ALIGNED, rate=0.3, steps=2000
-    ),
+    "proteins": Config("runs/masked_lm_proteins", (), batch=16, **_PROTEINS),
+    "alignment": Config("runs/masked_lm_alignment", (), **_ALIGNMENT),
 }
 
 
@@ -129,10 +125,8 @@ def load(cfg: Config) -> tuple[Rows, Encoder]:
         rows = sequences.load_alignment(cfg.data, shuffle=cfg.shuffle, seed=cfg.seed)
     sizes = {"vocab_size": len(rows.shares), "max_length": rows.train.shape[1]}
     config = dataclasses.replace(cfg.model, **sizes)
-    means = fastest(config, causal=False)
-    if isinstance(config, ESMConfig):
-        return rows, ESM(config, *means)
-    return rows, Encoder(config, *means)
+    model: Any = ESM if isinstance(config, ESMConfig) else Encoder
+    return rows, model(config, *fastest(config, causal=False))
 
 
 def train(cfg: Config, model: Encoder, rows: Rows, devices: Mesh, record: run.Run) -> PyTree | None:
@@ -145,10 +139,8 @@ def train(cfg: Config, model: Encoder, rows: Rows, devices: Mesh, record: run.Ru
         count = jnp.maximum(chosen.sum(), 1)
         return nats.sum() / count, {"right": right.sum() / count}
 
-    def peak(rate: float) -> Any:
-        return optimizers.warmup_cosine(rate, cfg.steps, warmup=min(cfg.warmup, cfg.steps - 1))
-
-    optimizer = optimizers.muon(peak(cfg.learning_rate), peak(cfg.adam_learning_rate))
+    rates = (cfg.learning_rate, cfg.adam_learning_rate)
+    optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
     key, example = jax.random.key(cfg.seed), jnp.zeros((1, 2), int)
     params = jax.jit(lambda key: model.init(key, example, method="logits"))(key)
     judge = sequences.make_judge(model, rows, 0.15, devices)
@@ -176,16 +168,14 @@ def main(cfg: Config) -> int:
     devices = mesh.make(cfg.mesh, batch=cfg.batch)
     run.enable_compile_cache()
     rows, model = load(cfg)
-    distances = None
-    if cfg.truth is not None:
-        distances = columns.load_distances(cfg.truth, rows.train.shape[1] - 2)
+    size = rows.train.shape[1] - 2
+    distances = None if cfg.truth is None else columns.load_distances(cfg.truth, size)
     with run.Run(cfg.run) as record:
         params = train(cfg, model, rows, devices, record)
         if params is None:
             return 0
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        report = {"data": " ".join(cfg.data), "parameters": parameters, "steps": cfg.steps}
-        report["training_tokens"] = int(rows.train.size)
+        report = {"data": " ".join(cfg.data), "rows": len(rows.train), "steps": cfg.steps}
+        report["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         judge = sequences.make_judge(model, rows, 0.15, devices)
         for name, tokens in rows.valid.items():
             found = judge(params, tokens) | {"nats_by_frequency": sequences.chance(rows, tokens)}
@@ -195,9 +185,9 @@ def main(cfg: Config) -> int:
             report["precision"] = columns.precision(scores, distances)
             columns.draw(scores, distances, record.folder / "contacts.png")
         record.report(report)
-        lines = map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())
+        lines = [*map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())]
         curve = {"evaluations": ["validation"], "unit": "nats per hidden token"}
-        pictures.loss_curve([*lines], record.folder / "loss.png", **curve)
+        pictures.loss_curve(lines, record.folder / "loss.png", **curve)
         for name, value in report.items():
             print(f"{name:36}{value:.4g}" if isinstance(value, float) else f"{name:36}{value}")
     return 0

@@ -104,11 +104,8 @@ def begin(
         logits: Any = model.apply(params, now[:, :-1], train=True, rngs=rngs)
         return losses.cross_entropy(logits, now[:, 1:]).mean(), {}
 
-    def peak(rate: float) -> Any:
-        return optimizers.warmup_cosine(rate, cfg.steps, warmup=min(cfg.warmup, cfg.steps - 1))
-
-    optimizer = optimizers.muon(peak(cfg.learning_rate), peak(cfg.adam_learning_rate))
-
+    rates = (cfg.learning_rate, cfg.adam_learning_rate)
+    optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
     key = jax.random.key(cfg.seed)
     state = TrainState.create(jax.jit(model.init)(key, jnp.zeros((1, 2), int)), optimizer, key)
     windows = {"tokens": sliding_window_view(text.train, cfg.context + 1)}

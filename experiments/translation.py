@@ -124,10 +124,8 @@ def train(
         each = losses.cross_entropy(logits, target, label_smoothing=cfg.smoothing, where=counts)
         return each.sum() / counts.sum(), {}
 
-    def peak(rate: float) -> Any:
-        return optimizers.warmup_cosine(rate, cfg.steps, warmup=min(cfg.warmup, cfg.steps - 1))
-
-    optimizer = optimizers.muon(peak(cfg.learning_rate), peak(cfg.adam_learning_rate))
+    rates = (cfg.learning_rate, cfg.adam_learning_rate)
+    optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
     key, example = jax.random.key(cfg.seed), jnp.zeros((1, 2), int)
     state = TrainState.create(jax.jit(model.init)(key, example, example), optimizer, key)
     step_fn, source = jit_step(make_train_step(loss, optimizer), devices), batches(cfg, pairs)

@@ -97,6 +97,15 @@ def muon(
     )
 
 
+def muon_cosine(
+    learning_rate: float, adam_learning_rate: float, steps: int, *, warmup: int = 100
+) -> optax.GradientTransformation:
+    """`muon` whose two rates follow `warmup_cosine`, with at least one step after the warm-up."""
+    warmup = min(warmup, steps - 1)
+    rates = (warmup_cosine(x, steps, warmup=warmup) for x in (learning_rate, adam_learning_rate))
+    return muon(*rates)
+
+
 def _matrices(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(_is_matrix, params)
 

@@ -181,3 +181,18 @@ def test_without_a_warm_up_the_first_step_has_the_peak():
 def test_a_warm_up_that_leaves_no_steps_is_refused(warmup):
     with pytest.raises(ValueError, match=f"warmup={warmup} does not fit into steps=5"):
         optimizers.warmup_cosine(0.1, 5, warmup=warmup)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 3), (3, 100), (1, 5)])
+def test_muon_cosine_is_muon_along_two_cosines(steps, warmup):
+    fits = functools.partial(optimizers.warmup_cosine, steps=steps, warmup=min(warmup, steps - 1))
+    once = optimizers.muon_cosine(0.02, 0.003, steps, warmup=warmup)
+    spelled = optimizers.muon(fits(0.02), fits(0.003))
+    grads = jax.tree.map(jnp.cos, PARAMS)
+    states = [optimizer.init(PARAMS) for optimizer in (once, spelled)]
+    for _ in range(3):
+        (one, states[0]), (two, states[1]) = (
+            optimizer.update(grads, state, PARAMS)
+            for optimizer, state in zip((once, spelled), states)
+        )
+        jax.tree.map(np.testing.assert_array_equal, one, two)
