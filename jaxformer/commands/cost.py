@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -11,15 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxformer.analysis import cost as costs
+from jaxformer.analysis import encoder_decoder_cost
 from jaxformer.models import published
 from jaxformer.models.transformer import TransformerConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Counts = Callable[[TransformerConfig, int, int, str], dict[str, Any]]
 Windows = Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS [TOKENS ...]")]
+_CONTEXT = 1024
 _OPERATIONS = {
     "forward": "forward",
     "forward_causal": "its causal part",
     "backward": "backward",
+    "begin": "a source read",
     "decode": "a token more",
 }
 _BYTES = {
@@ -77,14 +81,15 @@ class Use:
     """What it is asked to do.
 
     Attributes:
-        context: Tokens of a text, T, and of the cache.
+        context: Tokens of a text, T, and of the cache; by default 1024, or as many as there are
+            learned positions if these are fewer.
         batch: Texts.
         dtype: Of parameters, activations and cache.
         remat: Whether training computes each block again.
         json: Numbers for programs, in place of the tables.
     """
 
-    context: int = 1024
+    context: int | None = None
     batch: int = 1
     dtype: Dtype = "float32"
     remat: bool = False
@@ -92,31 +97,28 @@ class Use:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Prints what a decoder costs: a published one if the first argument is a name.
+    """Prints what a decoder costs, or a published model if the first argument is a name.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ValueError: If the sizes do not go together, or the name or its cost is not known.
+        ValueError: If the sizes do not go together, or the name is not known.
         SystemExit: If the arguments are none, with code 2, or ask for help.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    try:
-        return tyro.cli(
-            cost_of_published if named else cost_of_sizes,
-            prog="jaxformer cost",
-            args=list(arguments),
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        )
-    except NotImplementedError as error:
-        raise ValueError(str(error)) from None
+    return tyro.cli(
+        cost_of_published if named else cost_of_sizes,
+        prog="jaxformer cost",
+        args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
 
 
 def cost_of_sizes(sizes: Sizes, use: Use) -> int:
     """Counts parameters, operations and memory of a decoder, without running it.
 
-    A name in place of sizes means a published one: jaxformer cost llama3_8b. It stands first.
+    A name in place of sizes means a published model: jaxformer cost llama3_8b. It stands first.
 
     Operations are those of matrix products, a multiplication and an addition each counting one, on
     all texts: of dense attention, which multiplies every pair of tokens; of its causal part, the
@@ -150,28 +152,39 @@ def cost_of_sizes(sizes: Sizes, use: Use) -> int:
         out_bias=sizes.biases,
         mlp_bias=sizes.biases,
     )
-    return show(config, use)
+    return show(of_decoder, config, use)
 
 
 def cost_of_published(model: Annotated[str, tyro.conf.Positional], use: Use) -> int:
-    """Counts parameters, operations and memory of a published decoder, without running it.
+    """Counts parameters, operations and memory of a published model, without running it.
+
+    Encoders are counted with logits. Encoder-decoders have sources and targets of the same length.
 
     Args:
-        model: A name in `jaxformer.models.published.DECODERS`.
+        model: A name in `jaxformer.models.published`.
     """
-    if model not in published.DECODERS:
-        names = ", ".join(published.DECODERS)
-        raise ValueError(f"there is no decoder {model!r}; there are {names}.")
-    return show(published.DECODERS[model], use)
+    kinds: dict[Counts, dict[str, TransformerConfig]] = {
+        of_decoder: published.DECODERS,
+        of_encoder: published.ENCODERS,
+        of_encoder_decoder: published.ENCODER_DECODERS,
+    }
+    for counts, models in kinds.items():
+        if model in models:
+            return show(counts, models[model], use)
+    names = ", ".join(name for models in kinds.values() for name in models)
+    raise ValueError(f"there is no model {model!r}; there are {names}.")
 
 
-def show(config: TransformerConfig, use: Use) -> int:
-    """Prints what a config costs."""
+def show(counts: Counts, config: TransformerConfig, use: Use) -> int:
+    """Prints what a config costs, as counted for its kind of model."""
     context, batch, rows = use.context, use.batch, config.max_length
+    learned = config.positions == "learned"
+    if context is None:
+        context = min(_CONTEXT, rows) if learned else _CONTEXT
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
-    if config.positions == "learned" and rows < context:
+    if learned and rows < context:
         raise ValueError(f"--context {context} exceeds the {rows} learned positions.")
     found = counts(dataclasses.replace(config, remat=use.remat), context, batch, use.dtype)
     if use.json:
@@ -180,53 +193,84 @@ def show(config: TransformerConfig, use: Use) -> int:
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in tables(found, context, batch, use.dtype):
         console.print(table)
-    print(
-        f"Scores of attention cost as much as its projections at {found['crossover']:,.0f} tokens."
-    )
+    if "crossover" in found:
+        tokens = f"{found['crossover']:,.0f} tokens"
+        print(f"Scores of attention cost as much as its projections at {tokens}.")
     return 0
 
 
-def counts(config: TransformerConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
-    """All figures, by part where they have parts, with their total; None is what is not counted."""
-
-    def named(parts: costs.Parts) -> dict[str, int]:
-        return {**vars(parts), "total": parts.total}
-
-    activations = None
-    if config.experts is None:
-        activations = costs.activation_bytes(config, context, batch, dtype=dtype).total
-    return {
-        "parameters": named(costs.parameters(config)),
+def of_decoder(config: TransformerConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
+    """All figures of a decoder, by part where they have parts, with their total."""
+    found, text = of_encoder(config, context, batch, dtype), (config, context, batch)
+    operations, cache = found["operations"], costs.cache_bytes(*text, dtype=dtype)
+    return found | {
         "operations": {
-            "forward": named(costs.forward(config, context, batch)),
-            "forward_causal": named(costs.forward(config, context, batch, causal=True)),
-            "backward": named(costs.backward(config, context, batch)),
-            "decode": named(costs.decode(config, context, batch)),
+            "forward": operations["forward"],
+            "forward_causal": named(costs.forward(*text, causal=True)),
+            "backward": operations["backward"],
+            "decode": named(costs.decode(*text)),
         },
-        "bytes": costs.training_bytes(config, dtype=dtype)
-        | {"activations": activations}
-        | {"cache": costs.cache_bytes(config, context, batch, dtype=dtype)},
+        "bytes": found["bytes"] | {"cache": cache},
+    }
+
+
+def of_encoder(config: TransformerConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
+    """Those of an encoder with logits."""
+    text, parameters = (config, context, batch), costs.parameters(config)
+    activations = costs.activation_bytes(*text, dtype=dtype).total
+    return {
+        "parameters": named(parameters),
+        "operations": {
+            "forward": named(costs.forward(*text)),
+            "backward": named(costs.backward(*text)),
+        },
+        "bytes": costs.adamw_bytes(parameters.total, dtype=dtype) | {"activations": activations},
         "crossover": costs.crossover(config),
     }
 
 
+def of_encoder_decoder(
+    config: TransformerConfig, context: int, batch: int, dtype: str
+) -> dict[str, Any]:
+    """Those of an encoder-decoder, of which each text has `context` tokens."""
+    texts, parameters = (config, context, context, batch), encoder_decoder_cost.parameters(config)
+    activations = encoder_decoder_cost.activation_bytes(*texts, dtype=dtype).total
+    cache = encoder_decoder_cost.cache_bytes(*texts, dtype=dtype)
+    return {
+        "parameters": named(parameters),
+        "operations": {
+            "forward": named(encoder_decoder_cost.forward(*texts)),
+            "backward": named(encoder_decoder_cost.backward(*texts)),
+            "begin": named(encoder_decoder_cost.begin(config, context, batch)),
+            "decode": named(encoder_decoder_cost.step(*texts)),
+        },
+        "bytes": costs.adamw_bytes(parameters.total, dtype=dtype)
+        | {"activations": activations, "cache": cache},
+    }
+
+
+def named(parts: costs.Parts) -> dict[str, int]:
+    """Parts by name, and their total."""
+    return {**vars(parts), "total": parts.total}
+
+
 def tables(found: dict[str, Any], context: int, batch: int, dtype: str) -> list[Table]:
     """Draws parameters and operations by part, and bytes."""
-    texts = "a text" if batch == 1 else f"{batch:,} texts"
-    parts = Table(title=f"Operations on {texts} of {context:,} tokens")
+    texts, operations = "a text" if batch == 1 else f"{batch:,} texts", found["operations"]
+    more = ", and targets as long" if "begin" in operations else ""
+    parts = Table(title=f"Operations on {texts} of {context:,} tokens{more}")
     parts.add_column("")
     parts.add_column("parameters", justify="right")
-    for heading in _OPERATIONS.values():
-        parts.add_column(heading, justify="right")
+    for each in operations:
+        parts.add_column(_OPERATIONS[each], justify="right")
     for name in found["parameters"]:
         shown = [f"{found['parameters'][name]:,}"]
-        shown += [short(found["operations"][each][name]) for each in _OPERATIONS]
+        shown += [short(each[name]) for each in operations.values()]
         parts.add_row(name, *shown, end_section=name == "head")
     memory = Table("", "bytes", title=f"Memory, {dtype}")
     memory.columns[1].justify = "right"
-    for name, told in _BYTES.items():
-        size = found["bytes"][name]
-        memory.add_row(told, "not counted" if size is None else short(size) + "B")
+    for name, size in found["bytes"].items():
+        memory.add_row(_BYTES[name], short(size) + "B")
     return [parts, memory]
 
 

@@ -96,5 +96,7 @@ class LatentAttention(nn.Module):
             q = jnp.concatenate([q, q_turned], axis=3)
             y = self.attend(q, k, k[..., : self.rank], mask, bias=bias, scale=scale)
             y = jnp.einsum("btnr,rnh->btnh", y, to_values)
-        y = Dense(width, self.use_bias, name="out")(y.reshape(batch, length, -1))
+        y = Dense(width, self.use_bias, name="out")(
+            y.reshape(batch, length, heads * self.value_dim)
+        )
         return y if cache is None else (y, cache)

@@ -1,9 +1,7 @@
 """The formulas count what the models have and what JAX's programs multiply and keep."""
 
-import contextlib
 import dataclasses
 import functools
-import io
 import math
 import re
 import subprocess
@@ -13,18 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.ad_checkpoint import print_saved_residuals
 
-from experiments.attention_scaling import operations
 from jaxformer.analysis import cost
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder import Encoder
-from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import (
     NORMS,
     ORDERS,
     POSITIONS,
     ExpertsConfig,
+    LatentConfig,
     TransformerConfig,
 )
 from jaxformer.ops import losses
@@ -79,6 +75,21 @@ CONFIGS = {
         logit_scale=0.5,
     ),
     "albert": like(distinct_layers=1, scan=True, norm="layer", positions="sinusoidal_halves"),
+    "latent": like(
+        latent=LatentConfig(rank=11, query_rank=None, plain_dim=7, value_dim=5),
+        order="parallel",
+        out_bias=True,
+        scan=True,
+        qk_norm=True,
+        qkv_bias=True,
+        sinks=True,
+        softcap=5.0,
+    ),
+    "deepseek_v3": like(
+        latent=LatentConfig(rank=11, query_rank=9, plain_dim=7, value_dim=5),
+        experts=ExpertsConfig(6, 2, 8, router="sigmoid", groups=3, top_groups=2, shared=4, first=1),
+        tie_embeddings=False,
+    ),
     "bloom": like(
         positions="alibi",
         embed_norm=True,
@@ -121,8 +132,9 @@ CHANGES = {
     "max_distance": 40,
     "first_norm": False,
     "distinct_layers": 1,
+    "experts": ExpertsConfig(5, 2, hidden=6),
+    "latent": LatentConfig(rank=11, query_rank=9, plain_dim=7, value_dim=5),
 }
-WITH_MLP = [name for name, config in CONFIGS.items() if config.experts is None]
 
 
 def shapes(config):
@@ -138,35 +150,11 @@ def loss(config):
     return mean
 
 
-def size(tree):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
 TOKENS = jnp.zeros((B, T), int)
 
 
-def multiplied(f, *arguments):
-    """Operations of all products, experts' included."""
-    return operations(f, *arguments) + ragged(jax.make_jaxpr(f)(*arguments))
-
-
-def ragged(jaxpr):
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "ragged_dot_general":
-            total += 2 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
-        for inner in jax.tree.leaves([*equation.params.values()], is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                total += ragged(inner) * equation.params.get("length", 1)
-    return total
-
-
-def is_jaxpr(x):
-    return hasattr(x, "eqns")
-
-
 @every_config
-def test_parameters_are_those_of_the_tree_part_by_part(name):
+def test_parameters_are_those_of_the_tree_part_by_part(name, size):
     config = CONFIGS[name]
     found, tree = cost.parameters(config), shapes(config)["params"]
     blocks = {"projections": 0, "mlp": 0, "norms": 0}
@@ -186,21 +174,21 @@ def test_parameters_are_those_of_the_tree_part_by_part(name):
 
 
 @every_config
-def test_forward_operations_are_those_of_the_products(name):
+def test_forward_operations_are_those_of_the_products(name, multiplied):
     config = CONFIGS[name]
     counted = multiplied(Decoder(config).apply, shapes(config), TOKENS)
     assert cost.forward(config, T, B).total == counted
 
 
 @every_config
-def test_backward_operations_are_those_of_the_products(name):
+def test_backward_operations_are_those_of_the_products(name, multiplied):
     config = CONFIGS[name]
     counted = multiplied(jax.grad(loss(config)), shapes(config), TOKENS)
     assert cost.forward(config, T, B).total + cost.backward(config, T, B).total == counted
 
 
 @every_config
-def test_remat_computes_again_what_is_counted(name):
+def test_remat_computes_again_what_is_counted(name, multiplied):
     config = dataclasses.replace(CONFIGS[name], remat=True)
     counted = multiplied(jax.grad(loss(config)), shapes(config), TOKENS)
     assert cost.forward(config, T, B).total + cost.backward(config, T, B).total == counted
@@ -208,7 +196,7 @@ def test_remat_computes_again_what_is_counted(name):
 
 @every_config
 @pytest.mark.parametrize("room", [3, 18, 19])
-def test_a_step_with_a_cache_multiplies_what_is_counted(name, room):
+def test_a_step_with_a_cache_multiplies_what_is_counted(name, room, multiplied):
     config = CONFIGS[name]
     cache = Decoder(config).empty_cache(B, room, jnp.bfloat16)
     counted = multiplied(Decoder(config).apply, shapes(config), TOKENS[:, :1], cache)
@@ -267,7 +255,7 @@ def test_published_sizes():
     assert cost.cache_bytes(llama, 8192, dtype="bfloat16") == 2**30  # 128 KiB a token
 
 
-def test_training_bytes_are_those_of_the_state():
+def test_training_bytes_are_those_of_the_state(size):
     variables = shapes(LLAMA)
     state = jax.eval_shape(optimizers.adamw(0.1).init, variables)
     moments = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(state) if x.ndim)
@@ -278,55 +266,52 @@ def test_training_bytes_are_those_of_the_state():
     assert cost.parameter_bytes(LLAMA, dtype="bfloat16") == 2 * size(variables)
 
 
-def factors(jaxpr, weights):
-    """Numbers in the factors of all products that do not come from the weights alone."""
-    total, weights = 0, set(weights)
-    for equation in jaxpr.eqns:
-        fixed = [isinstance(x, jax.extend.core.Literal) or x in weights for x in equation.invars]
-        if equation.primitive.name == "dot_general":
-            total += sum(x.aval.size for x, known in zip(equation.invars, fixed) if not known)
-            continue
-        parts = [*equation.params.values()]
-        for inner in jax.tree.leaves(parts, is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                inner = getattr(inner, "jaxpr", inner)
-                known = [x for x, at in zip(inner.invars, fixed) if at]
-                times = equation.params.get("length", 1)
-                total += times * factors(inner, [*known, *inner.constvars])
-        if all(fixed):
-            weights |= set(equation.outvars)
-    return total
+# Of a layer and token what enters norms inside attention, less what enters two products.
+ATTENTION = {"neox": 80, "olmo": 80, "latent": 11 - 11 - 22, "deepseek_v3": 9 + 11 - 11 - 22}
+# Of all layers what enters activations, is weighted, or is a router's logit; less likewise.
+MLPS = {
+    "gpt2": 3 * 17,
+    "olmo": 3 * 17,
+    "deepseek": 34 + 2 * (2 * (12 + 22) + 5 + 8 - 22),
+    "gptj": 3 * (2 * (12 + 22) + 5 + 8 - 22),
+    "deepseek_v3": 34 + 2 * (2 * (16 + 22) + 6 + 8 - 22),
+}
 
 
-@pytest.mark.parametrize("name", WITH_MLP)
-def test_activations_hold_both_factors_of_every_product(name):
+@every_config
+def test_activations_hold_both_factors_of_every_product(name, factors):
     config = CONFIGS[name]
     leaves, tree = jax.tree.flatten(shapes(config))
 
-    def apply(tokens, *leaves):
+    def apply(leaves, tokens):
         return Decoder(config).apply(tree.unflatten(leaves), tokens)
 
-    jaxpr = jax.make_jaxpr(apply)(TOKENS, *leaves).jaxpr
-    products = 4 * factors(jaxpr, [*jaxpr.invars[1:], *jaxpr.constvars])
-    tokens, layers, wide = 4 * B * T, config.num_layers, 34 if config.gated else 17
-    rest = tokens * (layers * wide + 13)  # what enters activations, and the logits
-    extra = {"gemma": 4 * B * 6 * T**2 * layers, "olmo": tokens * 80 * layers}
-    extra["neox"] = extra["olmo"]  # what enters the norms of queries and keys
+    rest = 3 * ATTENTION.get(name, 0) + MLPS.get(name, 3 * 34) + 13
+    capped = 3 * 6 * B * T**2 * (name == "gemma")
     found = cost.activation_bytes(config, T, B)
-    assert found.total - found.norms == products + rest + extra.get(name, 0)
+    assert found.total - found.norms == 4 * (factors(apply, leaves, TOKENS) + B * T * rest + capped)
+
+
+def test_router_logits_stay_in_float32():
+    found = [cost.activation_bytes(CONFIGS["gptj"], T, B, dtype=dtype).mlp for dtype in cost.BYTES]
+    assert found == [
+        B * T * 3 * (size * (22 + 2 * (22 + 18 + 22) + 12) + 20) for size in (4, 2, 2, 1)
+    ]
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_jax_keeps_what_is_counted_and_at_most_3_times_as_much(scan):
-    for name in ("llama", "gpt2", "post"):
+def test_jax_keeps_what_is_counted_and_at_most_3_times_as_much(scan, residuals):
+    names = ("llama", "gpt2", "post", "latent", *(() if scan else ("deepseek_v3", "gptj")))
+    for name in names:
         config = dataclasses.replace(CONFIGS[name], scan=scan, max_length=256)
-        kept = residuals(config, jnp.zeros((2, 128), int))
+        kept = residuals(loss(config), shapes(config), jnp.zeros((2, 128), int))
         assert 1 < kept / cost.activation_bytes(config, 128, 2).total < 3
 
 
-def test_with_remat_jax_keeps_what_enters_each_block():
+def test_with_remat_jax_keeps_what_enters_each_block(residuals):
     def kept(layers):
-        return residuals(like(num_layers=layers, remat=True), TOKENS)
+        config = like(num_layers=layers, remat=True)
+        return residuals(loss(config), shapes(config), TOKENS)
 
     def counted(layers):
         return cost.activation_bytes(like(num_layers=layers, remat=True), T, B).total
@@ -335,14 +320,9 @@ def test_with_remat_jax_keeps_what_enters_each_block():
     assert 0 <= kept(3) - kept(2) - 4 * B * T * 22 < 4 * B * T  # and the numbers of T places
     assert counted(1) == cost.activation_bytes(like(num_layers=1), T, B).total
 
-
-def residuals(config, tokens):
-    """Bytes of what reverse mode keeps, besides what it was given."""
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        print_saved_residuals(loss(config), shapes(config), tokens)
-    rows = re.findall(r"^(\w+)\[([\d,]*)\] (?!from the argument)", told.getvalue(), re.MULTILINE)
-    widths = {"f32": 4, "i32": 4, "bool": 1}
-    return sum(widths[kind] * math.prod(map(int, filter(None, n.split(",")))) for kind, n in rows)
+    first, mixed = ExpertsConfig(5, 2, hidden=6), ExpertsConfig(5, 2, hidden=6, first=1)
+    found = [cost.activation_bytes(like(experts=x, remat=True), T, B) for x in (first, mixed)]
+    assert found[0] == found[1]  # the largest block is inside, whichever it is
 
 
 @pytest.mark.parametrize(
@@ -358,45 +338,36 @@ def test_a_compiled_program_allots_a_little_more_than_is_counted(changes, least,
 
 
 BERT = like(norm="layer", order="post", positions="learned", max_length=9, token_types=2)
-BART = dataclasses.replace(BERT, token_types=0, decoder_layers=2, head_bias=True, qkv_bias=True)
-T5 = like(positions="buckets", decoder_vocab_size=11, layer_scale=0.1, tie_embeddings=False)
-BOTH = {
-    "bart": dataclasses.replace(BART, out_bias=True, embed_norm=True, final_norm=False),
-    "t5": dataclasses.replace(T5, qk_norm=True, order="sandwich"),
-    "again": dataclasses.replace(BART, remat=True, order="pre"),
-}
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_an_encoder_with_its_logits_costs_what_a_decoder_does(bias):
-    config, model = dataclasses.replace(BERT, head_bias=bias), Encoder
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_bias": True},
+        {"head_transform": "gelu"},
+        {"head_transform": "relu", "mlp_bias": True},
+    ],
+)
+def test_an_encoder_with_its_logits_costs_what_a_decoder_does(changes, size, multiplied, factors):
+    config, model = dataclasses.replace(BERT, **changes), Encoder
     init = functools.partial(model(config).init, method="logits")
     tree = jax.eval_shape(init, jax.random.key(0), TOKENS)
     assert cost.parameters(config).total == size(tree)
     logits = functools.partial(model(config).apply, method="logits")
-    assert cost.forward(config, T, B).total == multiplied(logits, tree, TOKENS)
+    forward = multiplied(logits, tree, TOKENS)
+    assert cost.forward(config, T, B).total == forward
+    slope = jax.grad(lambda tree: jnp.square(logits(tree, TOKENS)).sum())
+    assert forward + cost.backward(config, T, B).total == multiplied(slope, tree)
 
+    leaves, treedef = jax.tree.flatten(tree)
 
-@pytest.mark.parametrize("name", BOTH)
-def test_an_encoder_decoder_costs_both_and_what_joins_them(name):
-    config, source = BOTH[name], jnp.zeros((B, 5), int)
-    model = EncoderDecoder(config)
-    tree = jax.eval_shape(model.init, jax.random.key(0), source, TOKENS)
-    assert cost.encoder_decoder_parameters(config).total == size(tree)
-    forward = cost.encoder_decoder_forward(config, 5, T, B).total
-    assert forward == multiplied(model.apply, tree, source, TOKENS)
-    slope = jax.grad(lambda tree: jnp.square(model.apply(tree, source, TOKENS)).sum())
-    backward = cost.encoder_decoder_backward(config, 5, T, B).total
-    assert forward + backward == multiplied(slope, tree)
+    def apply(leaves, tokens):
+        return logits(treedef.unflatten(leaves), tokens)
 
-
-def test_what_goes_with_one_model_alone_is_refused_for_the_others():
-    with pytest.raises(NotImplementedError, match="decoder_layers=2"):
-        cost.parameters(BART)
-    with pytest.raises(NotImplementedError, match="parallel"):
-        cost.encoder_decoder_parameters(like(order="parallel"))
-    with pytest.raises(NotImplementedError, match="experts"):
-        cost.activation_bytes(CONFIGS["gptj"], T)
+    found = cost.activation_bytes(config, T, B)
+    rest = 3 * 34 + 13 + 22 * ("head_transform" in changes)
+    assert found.total - found.norms == 4 * (factors(apply, leaves, TOKENS) + B * T * rest)
 
 
 def test_norms_keep_what_enters_them_once():
@@ -427,7 +398,7 @@ def test_every_field_is_counted_or_without_effect_or_refused():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_changed_field_changes_formula_and_model_alike(name):
+def test_one_changed_field_changes_formula_and_model_alike(name, size, multiplied):
     config = like(**{name: CHANGES[name]})
     tree = shapes(config)
     assert cost.parameters(config).total == size(tree)
@@ -447,7 +418,7 @@ def test_an_unknown_field_is_refused_by_name():
         cost.parameters(dataclasses.replace(wider, memories=8))
 
 
-def test_choices_are_counted_or_refused():
+def test_choices_are_counted_or_refused(size):
     for name, values in (("norm", NORMS), ("order", ORDERS), ("positions", POSITIONS)):
         assert set(values) >= set(cost.CHOICES[name])
         for value in values:

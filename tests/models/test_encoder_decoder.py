@@ -10,7 +10,7 @@ import pytest
 
 from jaxformer import testing
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.transformer import TransformerConfig
+from jaxformer.models.transformer import LatentConfig, TransformerConfig
 from jaxformer.ops import attention
 
 V, B, S, T = 11, 3, 5, 4
@@ -69,6 +69,7 @@ WRITERS = {
     ),
     "windows": dataclasses.replace(CONFIG, windows=(2, None)),
     "sinusoidal": dataclasses.replace(CONFIG, positions="sinusoidal_halves", order="post"),
+    "latent": dataclasses.replace(CONFIG, latent=LatentConfig(4, None, 3, 5)),
 }
 
 
