@@ -323,6 +323,9 @@ def _slid(
     if room >= size + count - 1:  # what is overwritten is out of sight for the new ones
         keys, values, held = after.keys, after.values, after.places()
     else:
+        if counts is not None:  # padding may be NaN, and no weight of 0 takes that away
+            real = (jnp.arange(count)[None] < counts[:, None])[:, :, None, None]
+            k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
         keys, values = (
             jnp.concatenate([old.astype(x.dtype), x.swapaxes(1, 2)], axis=2)
             for old, x in ((cache.keys, k), (cache.values, v))

@@ -82,8 +82,8 @@ class Decoder(Skeleton):
         Args:
             tokens: The text, or with a cache, what comes after the text so far.
             cache: From `empty_cache`; with it the new cache is returned too.
-            counts: With a cache, how many of the T tokens of each row are real; the logits of the
-                others mean nothing, and they leave no trace. All if None.
+            counts: How many of the T tokens of each row are real; the logits of the others mean
+                nothing, and they leave no trace in a cache. All if None.
             mask: Narrows who may look, besides causality: segments, windows, key lengths. With a
                 cache it is of the T new tokens at all places of the text; one that counts from the
                 query's place needs `offset=cache.length`.
@@ -105,7 +105,7 @@ class Decoder(Skeleton):
         mask = past if mask is None else past & mask
         if cache is None:
             x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
-            return self.logits(last_of_each(x, None) if last else x)
+            return self.logits(last_of_each(x, counts) if last else x)
         x, blocks = self.blocks(
             x,
             mask,

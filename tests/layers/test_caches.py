@@ -73,6 +73,21 @@ def test_a_window_sees_the_same_with_its_cache(room):
         np.testing.assert_allclose(y[:, 0], whole[np.arange(B), places], atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [3, 5, 20])
+def test_padding_that_is_nan_spoils_no_real_token(room):
+    layer = SelfAttention(2, 1, 4, window=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 7, 8)), jnp.float32)
+    params, counts = layer.init(jax.random.key(0), x), jnp.array([7, 2])
+    padded = jnp.where((jnp.arange(7)[None] < counts[:, None])[..., None], x, jnp.nan)
+    cache = KVCache.empty(B, 1, room, 4, by_row=True)
+    found, after = layer.apply(params, padded, cache=cache, counts=counts)
+    whole = layer.apply(params, x)
+    np.testing.assert_allclose(found[0], whole[0], atol=1e-5)
+    np.testing.assert_allclose(found[1, :2], whole[1, :2], atol=1e-5)
+    assert np.isfinite(after.keys).all()
+    assert np.isfinite(after.values).all()
+
+
 @pytest.mark.parametrize(("room", "by_row"), [(3, False), (5, True)])
 @pytest.mark.parametrize(
     "mask",

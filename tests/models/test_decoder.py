@@ -69,6 +69,8 @@ def test_the_last_logits_are_those_of_each_rows_last_real_token(variables, apply
     model = Decoder(CONFIG)
     run = jax.jit(functools.partial(model.apply, last=True))
     np.testing.assert_allclose(run(variables, TOKENS), whole[:, -1:], atol=1e-5)
+    found = run(variables, TOKENS, counts=counts)
+    np.testing.assert_allclose(found[:, 0], whole[jnp.arange(3), counts - 1], atol=1e-5)
     for given, at in ((None, [5, 5, 5]), (counts, counts - 1)):
         logits, cache = run(variables, TOKENS, model.empty_cache(3, T), given)
         np.testing.assert_allclose(logits[:, 0], whole[jnp.arange(3), jnp.array(at)], atol=1e-5)
