@@ -180,7 +180,7 @@ def decode(config: "TransformerConfig", context: int, batch: int = 1) -> Parts:
     Args:
         config: The model's.
         context: Tokens that the cache has room for, the new one among them; all are multiplied,
-            written yet or not. A layer with a window has room for 15 more than the window at most.
+            written yet or not. A layer whose window is no longer has room for the window and 15 more.
         batch: Texts.
     """
     check(config)
@@ -203,7 +203,7 @@ def cache_bytes(
 ) -> int:
     """Bytes of the keys and values of texts, or of latents in their place.
 
-    Windows keep 15 tokens beyond themselves at most.
+    A layer whose window is no longer than the context keeps the window and 15 tokens more.
     """
     check(config)
     tokens = batch * sum(_rooms(config, context))
@@ -289,7 +289,7 @@ def _windows(config: "TransformerConfig") -> tuple[int | None, ...]:
 
 def _rooms(config: "TransformerConfig", context: int) -> list[int]:
     """Tokens that each layer's cache has room for."""
-    return [context if w is None else min(context, w + SLACK) for w in _windows(config)]
+    return [context if w is None or w > context else w + SLACK for w in _windows(config)]
 
 
 def _seen(length: int, window: int | None) -> int:

@@ -158,12 +158,6 @@ def cached_length(cache: StackCache) -> Int[Array, ""] | Int[Array, "B"]:
     return cache.length[0] if isinstance(cache, (KVCache, CrossCache)) else cache[0].length
 
 
-def cached_room(cache: StackCache) -> int:
-    """Counts the tokens that every block of a stack has room for."""
-    blocks: Any = cache if type(cache) is tuple else (cache,)
-    return min((x.own if isinstance(x, CrossCache) else x).room for x in blocks)
-
-
 def select_rows(cache: StackCache, rows: Int[Array, "R"]) -> StackCache:
     """Takes rows of the batch in the cache of a stack, in any order and number."""
     axis = 0 if type(cache) is tuple else 1

@@ -28,20 +28,17 @@ class DecoderCache:
     Attributes:
         blocks: Keys and values.
         max_length: Tokens that a row has room for.
+        max_rewind: Tokens that `rewind` can forget: 15 in layers with a window; None for all.
     """
 
     blocks: StackCache
     max_length: int = dataclasses.field(metadata={"static": True})
+    max_rewind: int | None = dataclasses.field(metadata={"static": True})
 
     @property
     def length(self) -> Int[Array, "B"]:
         """Tokens so far."""
         return cached_length(self.blocks)
-
-    @property
-    def max_rewind(self) -> int | None:
-        """Tokens that `rewind` can forget: 15 in layers with a window; None for all."""
-        return max_rewind(self.blocks, self.max_length)
 
     def select(self, rows: Int[Array, "R"]) -> "DecoderCache":
         """Takes rows of the batch, in any order and number."""
@@ -148,4 +145,4 @@ class Decoder(Skeleton):
         if bound and max_length > bound:
             raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
         blocks = empty_cache(self.config, batch, max_length, dtype, by_row=True)
-        return DecoderCache(blocks, max_length)
+        return DecoderCache(blocks, max_length, max_rewind(self.config, max_length))

@@ -37,21 +37,18 @@ class EncoderDecoderCache:
         blocks: Keys and values of the target, and once and for all those of the source.
         source: Which tokens of the source exist.
         max_length: Tokens that a target has room for.
+        max_rewind: Tokens that `rewind` can forget: 15 in layers with a window; None for all.
     """
 
     blocks: StackCache
     source: Any  # Bool[Array, "B S"], for which JAX puts shapes and axis numbers too
     max_length: int = dataclasses.field(metadata={"static": True})
+    max_rewind: int | None = dataclasses.field(metadata={"static": True})
 
     @property
     def length(self) -> Int[Array, "B"]:
         """Tokens of each target so far."""
         return cached_length(self.blocks)
-
-    @property
-    def max_rewind(self) -> int | None:
-        """Tokens that `rewind` can forget: 15 in layers with a window; None for all."""
-        return max_rewind(self.blocks, self.max_length)
 
     def select(self, rows: Int[Array, "R"]) -> "EncoderDecoderCache":
         """Takes rows of the batch, sources and targets, in any order and number."""
@@ -177,7 +174,7 @@ class EncoderDecoder(Skeleton):
         nothing = jnp.zeros((batch, 0, config.width), context.dtype)
         _, blocks = self.blocks(nothing, attention.causal(), context=context, cache=blocks)
         blocks = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, blocks)
-        return EncoderDecoderCache(blocks, exists, max_length)
+        return EncoderDecoderCache(blocks, exists, max_length, max_rewind(config, max_length))
 
     def step(
         self,

@@ -13,7 +13,6 @@ from jaxformer.layers.attention import (
     CrossAttention,
     SelfAttention,
     StackCache,
-    cached_room,
 )
 from jaxformer.layers.block import (
     Block,
@@ -489,11 +488,11 @@ def empty_cache(
 ) -> StackCache:
     """Makes a cache for `batch` rows of up to `max_length` tokens in all of the config's blocks.
 
-    A layer with a window keeps no more than its window and a few tokens. With `by_row` the rows
-    grow each by itself.
+    A layer whose window is no longer than that keeps its window and a few tokens. With `by_row` the
+    rows grow each by itself.
     """
     windows = config.windows or (None,) * config.num_layers
-    rooms = [max_length if w is None else min(max_length, w + _SLACK - 1) for w in windows]
+    rooms = [w + _SLACK - 1 if w is not None and w <= max_length else max_length for w in windows]
     sizes, value_dim = (batch, config.num_kv_heads, rooms, config.head_dim), None
     if config.latent is not None:
         sizes, value_dim = (batch, 1, rooms, config.latent.rank + config.head_dim), 0
@@ -502,6 +501,7 @@ def empty_cache(
     )
 
 
-def max_rewind(blocks: StackCache, max_length: int) -> int | None:
+def max_rewind(config: TransformerConfig, max_length: int) -> int | None:
     """Counts the tokens that such a cache can forget; None for all, where no window's rolls."""
-    return None if cached_room(blocks) >= max_length else _SLACK - 1
+    rolls = any(window is not None and window <= max_length for window in config.windows)
+    return _SLACK - 1 if rolls else None

@@ -217,7 +217,7 @@ def test_drafts_are_as_long_as_windows_can_forget(draw):
     assert (done.accepted < done.proposed).all()
     with pytest.raises(ValueError, match="draft_steps=16 exceeds the 15 tokens that cache"):
         write(16)
-    caches[0] = model.empty_cache(2, 17)
+    caches[0] = Decoder(config).empty_cache(2, 17)  # forgets all
     rest["steps"] = 2
     with pytest.raises(ValueError, match="draft_steps=16 exceeds the 15 tokens that draft_cache"):
         write(16)

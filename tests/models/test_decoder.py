@@ -129,22 +129,29 @@ def test_a_mask_of_another_size_than_the_caches_is_refused(variables):
             model.apply(variables, TOKENS[:, :3], model.empty_cache(3, 9), mask=mask)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_a_window_can_forget_as_many_tokens_as_its_cache_says(draw, scan):
+@pytest.mark.parametrize(("scan", "room"), [(False, 40), (True, 40), (False, 8), (False, 3)])
+def test_a_window_can_forget_as_many_tokens_as_its_cache_says(draw, scan, room):
     config = dataclasses.replace(CONFIG, windows=(3, 3), scan=scan)
     model, size = Decoder(config), 40
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (3, size)))
     variables = draw(model, tokens)
     whole = jax.jit(model.apply)(variables, tokens)
-    assert model.empty_cache(3, 17).max_rewind is None  # nothing is ever overwritten
-    cache = model.empty_cache(3, size)
-    assert (cache.max_length, cache.max_rewind) == (size, 15)
+    cache = model.empty_cache(3, room)  # a text goes on past the room where all layers roll
+    assert (cache.max_length, cache.max_rewind) == (room, 15)
     step = jax.jit(model.apply)
     _, cache = step(variables, tokens[:, :30], cache)
     lengths = jnp.array([30, 21, 15])
     logits, cache = step(variables, tokens[jnp.arange(3), lengths][:, None], cache.rewind(lengths))
     np.testing.assert_allclose(logits[:, 0], whole[jnp.arange(3), lengths], atol=1e-5)
-    assert cache.max_length == size
+    assert (cache.max_length, cache.max_rewind) == (room, 15)
+
+
+@pytest.mark.parametrize(
+    ("windows", "most"), [((), None), ((9, 9), None), ((9, None), None), ((8, 9), 15)], ids=str
+)
+def test_all_can_be_forgotten_where_no_layer_rolls(windows, most):
+    model = Decoder(dataclasses.replace(CONFIG, windows=windows))
+    assert model.empty_cache(3, 8).max_rewind == most
 
 
 def test_tied_logits_are_products_with_the_embeddings(draw):
