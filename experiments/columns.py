@@ -10,7 +10,7 @@ import numpy as np
 from experiments.sequences import SequencesError
 from jaxformer.models.encoder import Encoder, attention_maps
 from jaxformer.ops import contacts
-from jaxformer.typing import Float, Int, PyTree
+from jaxformer.typing import Array, Float, Int, PyTree
 
 _APART = 6  # columns from one to the next that counts
 _TOUCHING = 8.0  # ångström between the β carbons
@@ -25,7 +25,7 @@ def load_distances(name: str, columns: int) -> Float[np.ndarray, "R R"]:
     try:
         with np.load(name) as file:
             distances = file["cb_distance"].astype(np.float32)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise SequencesError(f"{name}: {error}") from error
     if distances.shape != (columns, columns):
         raise SequencesError(f"{name}: distances of {distances.shape} for {columns} columns")
@@ -37,15 +37,17 @@ def touching(
 ) -> Float[np.ndarray, "R R"]:
     """Scores pairs of columns by how much they look at each other, more than at others.
 
-    That is the mean over rows of each head's map, made symmetric and corrected for what its rows
-    and columns have in common, and the mean of the heads.
+    That is the mean map of all rows, layers and heads, made symmetric and corrected for what its
+    rows and columns have in common.
     """
-    draw = jax.jit(lambda params, rows: attention_maps(model, params, rows).sum(axis=0))
-    maps = sum(np.asarray(draw(params, rows[i : i + 32])) for i in range(0, len(rows), 32))
-    maps = jnp.asarray(maps)[..., 1:-1, 1:-1]
-    return np.asarray(
-        contacts.average_product_correction(contacts.symmetrize(maps)).mean(axis=(0, 1))
-    )
+
+    @jax.jit
+    def draw(params: PyTree, rows: Array) -> Array:
+        return attention_maps(model, params, rows).mean(axis=(1, 2)).sum(axis=0)
+
+    total = sum(np.asarray(draw(params, rows[i : i + 32])) for i in range(0, len(rows), 32))
+    mean = jnp.asarray(total / len(rows))[1:-1, 1:-1]
+    return np.asarray(contacts.average_product_correction(contacts.symmetrize(mean)))
 
 
 def precision(scores: Float[np.ndarray, "R R"], distances: Float[np.ndarray, "R R"]) -> float:
@@ -55,7 +57,7 @@ def precision(scores: Float[np.ndarray, "R R"], distances: Float[np.ndarray, "R 
 
 
 def best_pairs(scores: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The R pairs of the highest scores among those whose distance is known."""
+    """The R best pairs of those six columns apart or more whose distance is known."""
     i, j = np.triu_indices(len(scores), _APART)
     known = ~np.isnan(distances[i, j])
     i, j = i[known], j[known]

@@ -5,24 +5,24 @@ r"""Learns to guess hidden tokens: of texts, of proteins, of the aligned protein
     python -m experiments.masked_lm proteins --data FASTA --valid FASTA    ESM-2
     python -m experiments.masked_lm alignment --data FILE --truth NPZ      ESM, a sequence a line
 
-15 % of the tokens are to be guessed, of which 80 % are hidden, 10 % are shown as another and 10 %
-as they are. The report has the nats of such a token, the share that is guessed right, and the nats
-for who knows no more than how frequent each token is. Columns of an alignment that touch in the
-folded protein change together: `precision` is the share that touch, closer than 8 Å, among as many
-pairs as there are columns, six apart or more, those that look at each other most. No structure
-takes part in training; `--shuffle`, the control, deals each column anew to the sequences. The same
-command goes on where it was stopped.
+15 % of the tokens (30 % of an alignment's, in training) are to be guessed, of which 80 % are
+hidden, 10 % are shown as another and 10 % as they are. The report has the nats of such a token, the
+share that is guessed right, and the nats for who knows no more than how frequent each token is.
+Columns of an alignment that touch in the folded protein change together: `precision` is the share
+closer than 8 Å among as many pairs as there are columns, six apart or more, those that look at each
+other most. No structure takes part in training; `--shuffle`, the control, deals each column anew to
+the sequences. The same command goes on where it was stopped.
+
+MEASURED
 """
 
 import dataclasses
 import json
 import sys
-import zlib
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -39,6 +39,9 @@ from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
 
 _BERT = published.bert(1, 128, 4, 4, max_length=1, token_types=0)
+
+
+_OPTIONS = {"bpe": "text", "valid": "proteins", "truth": "alignment", "shuffle": "alignment"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,12 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("context", "steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in {"context": 3, "steps": 1, "batch": 1, "save_every": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name, kind in _OPTIONS.items():
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"{name} is for {kind}, not for {self.kind}.")
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {self.rate}.")
 
@@ -98,17 +104,17 @@ class Config:
         """The settings, and a number for the data, that the numbers of a checkpoint depend on."""
         how = ("run", "data", "valid", "truth", "mesh", "save_every", "log_every")
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in how}
-        return settings | {"rows": zlib.crc32(np.ascontiguousarray(rows.train[:, 0]).tobytes())}
+        return settings | {"rows": rows.number}
 
 
 _PROTEINS: dict[str, Any] = {"kind": "proteins", "model": ESMConfig.esm2(128, 4, 4), "context": 256}
 _ALIGNED = dataclasses.replace(  # columns have places of their own; one layer, so that maps say all
-    ESMConfig.esm2(128, 1, 16), head_dim=16, hidden=32, positions="learned", pad_token=None
+    ESMConfig.esm2(128, 1, 8), hidden=32, positions="learned", pad_token=None
 )
-_ALIGNMENT: dict[str, Any] = {"kind": "alignment", "model": _ALIGNED, "rate": 0.3, "steps": 2000}
+_ALIGNMENT: dict[str, Any] = {"kind": "alignment", "model": _ALIGNED, "rate": 0.3, "steps": 5000}
 KINDS = {
     "text": Config(),
-    "proteins": Config("runs/masked_lm_proteins", (), batch=16, **_PROTEINS),
+    "proteins": Config("runs/masked_lm_proteins", (), batch=16, steps=1000, **_PROTEINS),
     "alignment": Config("runs/masked_lm_alignment", (), **_ALIGNMENT),
 }
 
@@ -181,7 +187,7 @@ def main(cfg: Config) -> int:
             found = judge(params, tokens) | {"nats_by_frequency": sequences.chance(rows, tokens)}
             report |= {f"{name}_{figure}": value for figure, value in found.items()}
         if distances is not None:
-            scores = columns.touching(model, jax.device_get(params), rows.train[:512])
+            scores = columns.touching(model, jax.device_get(params), rows.train)
             report["precision"] = columns.precision(scores, distances)
             columns.draw(scores, distances, record.folder / "contacts.png")
         record.report(report)

@@ -39,6 +39,7 @@ class Rows:
         mask_token: What hides a token.
         special: Tokens that are never hidden, the mask among them.
         pad: Token that fills rows up; None if all are full.
+        number: Of what is learned from, the same for the same.
     """
 
     train: Int[np.ndarray, "n T"]
@@ -46,7 +47,8 @@ class Rows:
     shares: Float[np.ndarray, "V"]
     mask_token: int
     special: Sequence[int]
-    pad: int | None = None
+    pad: int | None
+    number: int
 
     def hide(self, key: Key[Array, ""], tokens: Array, rate: float) -> masking.Masked:
         """Chooses tokens to be guessed, as BERT does."""
@@ -75,7 +77,8 @@ def load_text(names: Sequence[str], vocab_size: int, length: int) -> Rows:
     mask, whole = text.tokenizer.vocab_size, len(text.valid) // length * length
     valid = {"validation": text.valid[:whole].reshape(-1, length)}
     shares = _shares(text.train, mask + 1, (mask,))
-    return Rows(sliding_window_view(text.train, length), valid, shares, mask, (mask,))
+    windows, number = sliding_window_view(text.train, length), zlib.crc32(text.train.tobytes())
+    return Rows(windows, valid, shares, mask, (mask,), None, number)
 
 
 def load_proteins(names: Sequence[str], valid: Sequence[str], length: int) -> Rows:
@@ -87,10 +90,13 @@ def load_proteins(names: Sequence[str], valid: Sequence[str], length: int) -> Ro
         length: Of a row: a start, residues, an end, padding.
 
     Raises:
-        SequencesError: If a file cannot be read, or there is no protein.
+        SequencesError: If a file cannot be read, there is no protein, or two files that are judged
+            by have one name.
     """
     learned = [protein for name in names for protein in _fasta(name)]
-    judged = {pathlib.Path(name).name.split(".")[0]: _fasta(name) for name in valid}
+    judged = {pathlib.Path(name.removesuffix(".gz")).stem: _fasta(name) for name in valid}
+    if len(judged) < len(valid):
+        raise SequencesError(f"{' '.join(valid)}: two files of one name")
     if not valid:
         learned, judged["validation"] = _apart(learned, 10)
     if not learned or not all(judged.values()):
@@ -164,7 +170,8 @@ def _of_proteins(
     train: Int[np.ndarray, "n T"], valid: Mapping[str, Int[np.ndarray, "_ T"]], pad: int | None
 ) -> Rows:
     special = (*range(4), *range(24, 33))  # letters that are no amino acid, gaps too
-    return Rows(train, valid, _shares(train, 33, special), 32, special, pad)
+    number = zlib.crc32(train.tobytes())
+    return Rows(train, valid, _shares(train, 33, special), 32, special, pad, number)
 
 
 def _shares(tokens: np.ndarray, size: int, special: Sequence[int]) -> Float[np.ndarray, "V"]:
@@ -189,7 +196,7 @@ def _read(name: str) -> str:
 
 def _fasta(name: str) -> list[str]:
     """The sequences of a FASTA file: what stands between two lines that begin with ">"."""
-    before, *records = ("\n" + _read(name)).split("\n>")
+    before, *records = "\n".join(["", *_read(name).splitlines()]).split("\n>")
     if before.strip():
         raise SequencesError(f"{name}: expected FASTA, whose first line begins with '>'")
     found = ("".join(record.split("\n")[1:]).replace(" ", "") for record in records)

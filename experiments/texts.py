@@ -72,7 +72,7 @@ def load(names: Sequence[str], vocab_size: int = 0, *, least: int = 1) -> Text:
         if min(len(train), len(valid)) < least:
             raise ValueError(
                 f"there are {len(train)} tokens to learn from and {len(valid)}, of the last tenth, "
-                f"to be judged by, and of each there must be {least}: one more than the context"
+                f"to be judged by, and of each there must be {least}"
             )
         return Text(train, valid, tokenizer)
     except (OSError, EOFError, ValueError, zlib.error, ModuleNotFoundError) as error:

@@ -55,6 +55,7 @@ def files(tmp_path_factory):
     distances[0, 6:] = distances[6:, 0] = 5.0
     distances[1, 7] = distances[7, 1] = np.nan
     np.savez(folder / "truth.npz", cb_distance=distances)
+    np.save(folder / "plain.npy", distances)
     return folder
 
 
@@ -102,6 +103,24 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(whole, files, tmp_path, monke
     assert masked_lm.main(cfg) == 0
     for name in ("metrics.jsonl", "report.json"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "changes"),
+    [
+        ("text", "poem.txt", ("green", "brown")),
+        ("proteins", "few.fasta", ("MKV", "MLV")),
+        ("alignment", "family.aln", ("A", "G")),
+    ],
+)
+def test_other_data_of_the_same_size_are_another_number(files, tmp_path, kind, name, changes):
+    valid = (str(files / name),) if kind == "proteins" else ()
+    other = tmp_path / name
+    other.write_text((files / name).read_text().replace(*changes))
+    cfgs = [config(tmp_path, kind, str(path), valid=valid) for path in (files / name, other)]
+    one, two = (cfg.meaning(masked_lm.load(cfg)[0]) for cfg in cfgs)
+    assert one.pop("rows") != two.pop("rows")
+    assert one == two
 
 
 def test_other_data_are_refused(whole, files, tmp_path):
@@ -153,6 +172,37 @@ def test_long_proteins_are_cut_into_pieces_and_short_ones_filled_up(files):
     assert found.train.shape == (sum(-(-(5 + i) // 3) for i in range(20)), 5)
 
 
+def test_lines_may_end_as_in_windows(files, tmp_path):
+    plain = (files / "few.fasta").read_bytes()
+    (tmp_path / "few.fasta").write_bytes(plain.replace(b"\n", b"\r\n"))
+    one, two = (
+        sequences.load_proteins([str(folder / "few.fasta")], [str(folder / "few.fasta")], 9)
+        for folder in (files, tmp_path)
+    )
+    np.testing.assert_array_equal(one.train, two.train)
+
+
+def test_files_of_one_name_are_refused(files, tmp_path):
+    names = [str(files / "few.fasta"), str(tmp_path / "few.fasta")]
+    (tmp_path / "few.fasta").write_text(">a\nMKV\n")
+    with pytest.raises(sequences.SequencesError, match="two files of one name"):
+        sequences.load_proteins(names, names, 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        ("text", {"shuffle": True}, "shuffle is for alignment, not for text"),
+        ("text", {"valid": ("a",)}, "valid is for proteins"),
+        ("proteins", {"truth": "a"}, "truth is for alignment"),
+        ("alignment", {"bpe": 300}, "bpe is for text"),
+    ],
+)
+def test_options_of_another_kind_are_refused(kind, options, told):
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(masked_lm.KINDS[kind], **options)
+
+
 def test_every_tenth_protein_is_for_validation_if_no_file_is(files):
     found = sequences.load_proteins([str(files / "proteins.fasta.gz")], [], 40)
     sizes = {
@@ -194,7 +244,7 @@ def test_padding_changes_no_guess(files):
 
 def test_who_knows_the_shares_alone_needs_their_entropy():
     train = np.array([[0, 1], [0, 2]], np.int32)
-    found = sequences.Rows(train, {}, np.array([0.5, 0.25, 0.25, 0.0]), 3, (3,))
+    found = sequences.Rows(train, {}, np.array([0.5, 0.25, 0.25, 0.0]), 3, (3,), None, 0)
     assert sequences.chance(found, train) == pytest.approx(1.5 * np.log(2))
     assert sequences.chance(found, np.array([[3, 1]], np.int32)) == pytest.approx(2 * np.log(2))
 
@@ -245,6 +295,7 @@ def test_precision_counts_known_pairs_six_columns_apart():
         ("alignment", ("poem.txt",), {}, "20 sequences or more, of one length"),
         ("alignment", ("family.aln",), {"truth": "family.aln"}, "family.aln: "),
         ("alignment", ("family.aln",), {"truth": "none.npz"}, "none.npz: .*No such file"),
+        ("alignment", ("family.aln",), {"truth": "plain.npy"}, "plain.npy: "),
     ],
 )
 def test_bad_data_are_named(files, tmp_path, kind, names, changes, told):
@@ -261,7 +312,7 @@ def test_distances_of_another_family_are_refused(files, tmp_path):
         columns.load_distances(str(tmp_path / "truth.npz"), 12)
 
 
-@pytest.mark.parametrize("name", ["context", "steps", "batch", "save_every", "log_every"])
+@pytest.mark.parametrize("name", ["context", "steps", "batch", "save_every"])
 def test_sizes_below_the_least_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         masked_lm.Config(**{name: 0})
