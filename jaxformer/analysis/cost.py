@@ -180,7 +180,7 @@ def decode(config: "TransformerConfig", context: int, batch: int = 1) -> Parts:
     Args:
         config: The model's.
         context: Tokens that the cache has room for, the new one among them; all are multiplied,
-            written yet or not. A layer whose window is no longer has room for the window and 15 more.
+            written yet or not. A layer whose window is no longer keeps the window and 15 more.
         batch: Texts.
     """
     check(config)

@@ -13,7 +13,7 @@ from rich.table import Table
 from jaxformer.analysis import cost as costs
 from jaxformer.analysis import encoder_decoder_cost
 from jaxformer.models import published
-from jaxformer.models.transformer import TransformerConfig
+from jaxformer.models.transformer import TransformerConfig, refuse_beyond
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Counts = Callable[[TransformerConfig, int, int, str], dict[str, Any]]
@@ -81,8 +81,8 @@ class Use:
     """What it is asked to do.
 
     Attributes:
-        context: Tokens of a text, T, and of the cache; by default 1024, or as many as there are
-            learned positions if these are fewer.
+        context: Tokens of a text, T, and of the cache; by default 1024, or as many as the model
+            has positions if these are fewer.
         batch: Texts.
         dtype: Of parameters, activations and cache.
         remat: Whether training computes each block again.
@@ -177,15 +177,13 @@ def cost_of_published(model: Annotated[str, tyro.conf.Positional], use: Use) -> 
 
 def show(counts: Counts, config: TransformerConfig, use: Use) -> int:
     """Prints what a config costs, as counted for its kind of model."""
-    context, batch, rows = use.context, use.batch, config.max_length
-    learned = config.positions == "learned"
+    context, batch = use.context, use.batch
     if context is None:
-        context = min(_CONTEXT, rows) if learned else _CONTEXT
+        context = min(_CONTEXT, config.max_length or _CONTEXT)
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
-    if learned and rows < context:
-        raise ValueError(f"--context {context} exceeds the {rows} learned positions.")
+    refuse_beyond(config, context, f"--context {context}")
     found = counts(dataclasses.replace(config, remat=use.remat), context, batch, use.dtype)
     if use.json:
         print(json.dumps(found, indent=2))

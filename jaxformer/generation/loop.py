@@ -120,7 +120,7 @@ def prefill(
         decode = functools.partial(decode, last=True)
     logits, cache = call(decode, prompt, cache, lengths if ragged else None)
     if logits.shape[1] != 1:
-        raise ValueError(f"decode(..., last=True) gave logits of T={logits.shape[1]} places.")
+        raise ValueError(f"a prompt's logits are of one place, got T={logits.shape[1]}.")
     return logits[:, 0], cache
 
 

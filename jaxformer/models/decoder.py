@@ -13,6 +13,7 @@ from jaxformer.models.transformer import (
     empty_cache,
     last_of_each,
     max_rewind,
+    refuse_beyond,
     refuse_for_decoder,
 )
 from jaxformer.ops import attention
@@ -139,10 +140,8 @@ class Decoder(Skeleton):
         """Makes a cache for `batch` rows of up to `max_length` tokens.
 
         Raises:
-            ValueError: If that is more than the table of learned positions has.
+            ValueError: If that is more than the config's `max_length`, whatever its positions.
         """
-        bound = self.config.max_length
-        if bound and max_length > bound:
-            raise ValueError(f"max_length={max_length} exceeds the model's {bound} positions.")
+        refuse_beyond(self.config, max_length, f"{max_length=}")
         blocks = empty_cache(self.config, batch, max_length, dtype, by_row=True)
         return DecoderCache(blocks, max_length, max_rewind(self.config, max_length))

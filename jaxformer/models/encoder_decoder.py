@@ -21,6 +21,7 @@ from jaxformer.models.transformer import (
     empty_cache,
     last_of_each,
     max_rewind,
+    refuse_beyond,
     refuse_for_encoder_decoder,
 )
 from jaxformer.ops import attention
@@ -158,11 +159,11 @@ class EncoderDecoder(Skeleton):
             dtype: Of the cache.
 
         Raises:
-            ValueError: If a text is longer than the table of learned positions.
+            ValueError: If the source is longer than the table of learned positions, or `max_length`
+                is more than the config's, whatever its positions.
         """
         config = self.config
-        if config.positions == "learned" and max_length > config.max_length:
-            raise ValueError(f"{max_length=} exceeds the {config.max_length} learned positions.")
+        refuse_beyond(config, max_length, f"{max_length=}")
         batch, size = source.shape
         exists = jnp.ones((batch, size), bool)
         if source_mask is not None:

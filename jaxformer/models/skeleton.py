@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxformer.layers.embed import Embed, RelativeBias
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.stack import Stack
-from jaxformer.models.transformer import Means, TransformerConfig, stack
+from jaxformer.models.transformer import Means, TransformerConfig, refuse_beyond, stack
 from jaxformer.ops import attention, linear, positions
 from jaxformer.ops.attention import blocked, flash
 from jaxformer.typing import Array, Float, Int
@@ -91,8 +91,7 @@ class Skeleton(nn.Module):
         """
         config, length = self.config, x.shape[1]
         if config.positions == "learned":
-            if length > config.max_length:
-                raise ValueError(f"T={length} exceeds the {config.max_length} learned positions.")
+            refuse_beyond(config, length, f"a text of {length} tokens")
             return x + self.places(places + config.position_offset).astype(x.dtype)
         if config.positions in ("sinusoidal", "sinusoidal_halves"):
             halves = config.positions == "sinusoidal_halves"

@@ -158,7 +158,8 @@ class TransformerConfig:
         first_norm: Whether the first block normalises what its attention reads.
         final_norm: Whether the stream is normalised after the last block.
         positions: One of `POSITIONS`.
-        max_length: Rows of the table of learned positions; 0 for no bound.
+        max_length: Tokens of the longest text to write, whatever the positions, and rows of the
+            table of learned ones; 0 for no bound.
         position_offset: Row of that table that the first token takes.
         pad_token: Token that takes the row before that one and is not counted; None for none.
         token_types: Kinds of tokens, such as the first and the second text, each with a learned
@@ -469,6 +470,13 @@ def _experts(config: TransformerConfig, experts: ExpertsConfig) -> Make:
 
 def _gate(activation: Callable[[Array], Array], gate: Array, value: Array) -> Array:
     return activation(gate) * value
+
+
+def refuse_beyond(config: TransformerConfig, length: int, what: str) -> None:
+    """Raises a ValueError that names `what` is of more tokens than the config's `max_length`."""
+    if 0 < config.max_length < length:
+        kind = "learned " if config.positions == "learned" else ""
+        raise ValueError(f"{what} exceeds the {config.max_length} {kind}positions.")
 
 
 def last_of_each(x: Float[Array, "B T D"], counts: Int[Array, "B"] | None) -> Float[Array, "B 1 D"]:

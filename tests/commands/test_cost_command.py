@@ -103,6 +103,7 @@ def test_remat_keeps_less_of_a_published_decoder(cost):
         (("--context", "9", "--learned-positions", "8"), "--context 9 exceeds"),
         (("--windows", "-1"), "windows must be positive"),
         (("gpt2_124m", "--context", "1025"), "--context 1025 exceeds the 1024 learned positions"),
+        (("llama3_8b", "--context", "8193"), "--context 8193 exceeds the 8192 positions"),
         (("gpt2", "--json"), "there is no model 'gpt2'; there are gpt2_124m, gpt2_355m, "),
     ],
 )

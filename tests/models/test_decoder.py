@@ -154,6 +154,14 @@ def test_all_can_be_forgotten_where_no_layer_rolls(windows, most):
     assert model.empty_cache(3, 8).max_rewind == most
 
 
+@pytest.mark.parametrize(("positions", "kind"), [("rotary", ""), ("learned", "learned ")])
+def test_a_cache_for_more_than_the_longest_text_is_refused(positions, kind):
+    model = Decoder(dataclasses.replace(CONFIG, positions=positions, max_length=8))
+    assert model.empty_cache(1, 8).max_length == 8
+    with pytest.raises(ValueError, match=f"max_length=9 exceeds the 8 {kind}positions"):
+        model.empty_cache(1, 9)
+
+
 def test_tied_logits_are_products_with_the_embeddings(draw):
     model = Decoder(dataclasses.replace(CONFIG, tie_embeddings=True, num_layers=1))
     variables = draw(model, TOKENS)

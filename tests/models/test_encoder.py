@@ -122,7 +122,7 @@ def test_what_an_encoder_cannot_have_is_named():
     with pytest.raises(NotImplementedError, match="ALiBi"):
         Encoder(alibi).init(jax.random.key(0), TOKENS)
     short = dataclasses.replace(CONFIG, positions="learned", max_length=4)
-    with pytest.raises(ValueError, match="T=5 exceeds the 4 learned positions"):
+    with pytest.raises(ValueError, match="text of 5 tokens exceeds the 4 learned positions"):
         Encoder(short).init(jax.random.key(0), TOKENS)
     with pytest.raises(ValueError, match="pad_token=1 needs a row"):
         dataclasses.replace(CONFIG, positions="learned", max_length=8, pad_token=1)

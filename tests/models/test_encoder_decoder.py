@@ -160,8 +160,13 @@ def test_targets_longer_than_the_positions_are_refused(draw):
     variables = draw(model, SOURCE, TARGET)
     with pytest.raises(ValueError, match="max_length=9 exceeds the 8"):
         model.apply(variables, SOURCE, max_length=9, method="begin")
-    with pytest.raises(ValueError, match="T=9 exceeds the 8"):
+    with pytest.raises(ValueError, match="text of 9 tokens exceeds the 8 learned positions"):
         model.apply(variables, SOURCE, jnp.zeros((B, 9), int))
+    model = EncoderDecoder(dataclasses.replace(WRITERS["sinusoidal"], max_length=8))
+    with pytest.raises(ValueError, match="max_length=9 exceeds the 8 positions"):
+        jax.eval_shape(
+            functools.partial(model.init, max_length=9, method="begin"), jax.random.key(0), SOURCE
+        )
 
 
 def test_tied_embeddings_serve_source_target_and_logits(draw):
