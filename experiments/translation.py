@@ -30,7 +30,6 @@ from jax.sharding import Mesh
 from experiments import pairs as all_pairs
 from experiments.pairs import Pairs
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention, losses
 from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
@@ -152,8 +151,7 @@ def main(cfg: Config) -> int:
     run.enable_compile_cache()
     pairs = all_pairs.load(cfg.data, cfg.bpe, tests=cfg.tests, least=cfg.batch)
     sizes = {"vocab_size": pairs.start + 2, "max_length": cfg.longest + 1}
-    config = dataclasses.replace(cfg.model, **sizes)
-    model = EncoderDecoder(config, *fastest(config, causal=False))
+    model = EncoderDecoder(dataclasses.replace(cfg.model, **sizes))
     with run.Run(cfg.run) as record:
         params = train(cfg, model, pairs, devices, record)
         if params is None:
