@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxformer.layers.attention import KVCache, places_after
 from jaxformer.layers.linear import Dense
 from jaxformer.layers.norms import RMSNorm
-from jaxformer.ops import attention
+from jaxformer.ops import attention, linear
 from jaxformer.ops.attention import Mask
 from jaxformer.typing import Array, Float, Int
 
@@ -30,6 +30,7 @@ class LatentAttention(nn.Module):
         use_bias: Of the maps to latents and of the last one.
         scale: Factor of the logits; (head_dim + rotary_dim)**-0.5 if None.
         attend: Any function with the signature of `ops.attention.attend`.
+        project: The product of all maps but those from latents to keys and values.
 
     References:
         DeepSeek-AI 2024, "DeepSeek-V2", section 2.1. https://arxiv.org/abs/2405.04434
@@ -45,6 +46,7 @@ class LatentAttention(nn.Module):
     use_bias: bool = False
     scale: float | None = None
     attend: Callable[..., Array] = attention.attend
+    project: Callable[[Array, Array], Array] = linear.project
 
     @nn.compact
     def __call__(
@@ -65,12 +67,12 @@ class LatentAttention(nn.Module):
         heads, plain, turning = self.num_heads, self.head_dim, self.rotary_dim
         made = x
         if self.query_rank is not None:
-            made = Dense(self.query_rank, self.use_bias, name="q_down")(x)
+            made = Dense(self.query_rank, self.use_bias, project=self.project, name="q_down")(x)
             made = RMSNorm(name="q_norm")(made)
-        q = Dense(heads * (plain + turning), name="q")(made)
+        q = Dense(heads * (plain + turning), project=self.project, name="q")(made)
         q, q_turned = jnp.split(q.reshape(batch, length, heads, plain + turning), [plain], axis=3)
-        latent = Dense(self.rank + turning, self.use_bias, name="kv_down")(x)
-        latent, k_turned = jnp.split(latent[:, :, None], [self.rank], axis=3)
+        down = Dense(self.rank + turning, self.use_bias, project=self.project, name="kv_down")
+        latent, k_turned = jnp.split(down(x)[:, :, None], [self.rank], axis=3)
         latent = RMSNorm(name="kv_norm")(latent)
         up = self.param(
             "kv_up", nn.initializers.lecun_normal(), (self.rank, heads * (plain + self.value_dim))
@@ -96,7 +98,6 @@ class LatentAttention(nn.Module):
             q = jnp.concatenate([q, q_turned], axis=3)
             y = self.attend(q, k, k[..., : self.rank], mask, bias=bias, scale=scale)
             y = jnp.einsum("btnr,rnh->btnh", y, to_values)
-        y = Dense(width, self.use_bias, name="out")(
-            y.reshape(batch, length, heads * self.value_dim)
-        )
+        y = y.reshape(batch, length, heads * self.value_dim)
+        y = Dense(width, self.use_bias, project=self.project, name="out")(y)
         return y if cache is None else (y, cache)

@@ -103,7 +103,7 @@ class Decoder(Skeleton):
         mask = past if mask is None else past & mask
         if cache is None:
             x = self.blocks(x, mask, bias=bias, positions=positions, train=train)
-            return self.logits(last_of_each(x, counts) if last else x)
+            return self.predicted(last_of_each(x, counts) if last else x)
         x, blocks = self.blocks(
             x,
             mask,
@@ -113,7 +113,7 @@ class Decoder(Skeleton):
             counts=counts,
             train=train,
         )
-        return self.logits(last_of_each(x, counts) if last else x), dataclasses.replace(
+        return self.predicted(last_of_each(x, counts) if last else x), dataclasses.replace(
             cache, blocks=blocks
         )
 
@@ -126,12 +126,7 @@ class Decoder(Skeleton):
             places = jnp.arange(length)
             if cache is not None:
                 places = cache.length[:, None] + places[None]
-        x = self.placed(self.scaled(tokens), places.reshape(-1, length))
-        return self.norm_in(x) if self.config.embed_norm else x
-
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores the next token from what the last block wrote."""
-        return self.scored(self.normed(x))
+        return self.placed(self.scaled(tokens), places.reshape(-1, length))
 
     @nn.nowrap
     def empty_cache(

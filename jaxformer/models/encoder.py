@@ -113,7 +113,6 @@ class Encoder(Skeleton):
                 real = tokens != config.pad_token
                 places = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
         x = self.placed(x, places.reshape(-1, tokens.shape[1]))
-        x = self.norm_in(x) if config.embed_norm else x
         return x if config.embed_width is None else self.widen(x)
 
     def seen(

@@ -140,7 +140,7 @@ class EncoderDecoder(Skeleton):
             context_mask=source_mask,
             train=train,
         )
-        return self.logits(x)
+        return self.predicted(x)
 
     def begin(
         self,
@@ -205,7 +205,7 @@ class EncoderDecoder(Skeleton):
             cache=cache.blocks,
             counts=counts,
         )
-        return self.logits(last_of_each(x, counts) if last else x), dataclasses.replace(
+        return self.predicted(last_of_each(x, counts) if last else x), dataclasses.replace(
             cache, blocks=blocks
         )
 
@@ -214,12 +214,7 @@ class EncoderDecoder(Skeleton):
     ) -> Float[Array, "B T D"]:
         """What the first block reads of a target whose tokens stand from `offset` on."""
         places = offset.reshape(-1, 1) + jnp.arange(tokens.shape[1])[None]
-        x = self.placed(self.scaled(tokens), places)
-        return self.norm_in(x) if self.config.embed_norm else x
-
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores the next token from what the last block wrote."""
-        return self.scored(self.normed(x))
+        return self.placed(self.scaled(tokens), places)
 
 
 def _first_half(config: TransformerConfig) -> TransformerConfig:

@@ -11,15 +11,18 @@ from jaxformer.layers.linear import Dense
 from jaxformer.layers.stack import Stack
 from jaxformer.models.transformer import Means, TransformerConfig, refuse_beyond, stack
 from jaxformer.ops import attention, linear, positions
-from jaxformer.ops.attention import blocked, flash
+from jaxformer.ops.attention import Mask, blocked, flash
 from jaxformer.typing import Array, Float, Int
+
+_IN_BLOCKS = 1024  # tokens of the longest text whose weights are kept for the backward pass
 
 
 def fastest(config: TransformerConfig, *, causal: bool) -> Means:
     """What trains a model of this config fastest on the platform at hand: no forward mode.
 
     On a CPU a text of a few hundred tokens is attended to in blocks, which keep three quarters of
-    its weights for the backward pass, where causality is all that attention knows of.
+    its weights for the backward pass, where causality is all that attention knows of. A long one
+    is attended to in memory linear in its length.
 
         model = Decoder(config, *fastest(config, causal=True))
     """
@@ -27,7 +30,22 @@ def fastest(config: TransformerConfig, *, causal: bool) -> Means:
         return Means(flash.attend)
     biased = config.positions in ("alibi", "buckets") or config.softcap is not None or config.sinks
     blocks = causal and not (biased or config.windows or config.latent)
-    return Means(blocked.attend_causal if blocks else flash.attend, linear.project_input_first)
+    return Means(attend_causal if blocks else flash.attend, linear.project_input_first)
+
+
+def attend_causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    mask: Mask | None = None,
+    **options: Any,
+) -> Float[Array, "B T N Hv"]:
+    """Mixes the values of each position's past: in blocks if the text is short, else by flash.
+
+    It means what `blocked.attend_causal` means, and honours no more.
+    """
+    attend = blocked.attend_causal if q.shape[1] <= _IN_BLOCKS else flash.attend
+    return attend(q, k, v, mask, **options)
 
 
 class Skeleton(nn.Module):
@@ -36,7 +54,8 @@ class Skeleton(nn.Module):
     Attributes:
         config: Sizes and choices.
         attend: Any function with the signature of `ops.attention.attend`, such as `flash.attend`.
-        project: The product of all linear maps of the blocks.
+        project: The product of the blocks' linear maps, but of experts and their routers, and of
+            those from latents to keys and values.
     """
 
     config: TransformerConfig
@@ -84,7 +103,7 @@ class Skeleton(nn.Module):
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def placed(self, x: Float[Array, "B T E"], places: Int[Array, "#B T"]) -> Float[Array, "B T E"]:
-        """Adds what the config adds for the tokens' places.
+        """Adds what the config adds for the tokens' places, and normalises where the config does.
 
         Raises:
             ValueError: If the text is longer than the table of learned positions.
@@ -92,11 +111,11 @@ class Skeleton(nn.Module):
         config, length = self.config, x.shape[1]
         if config.positions == "learned":
             refuse_beyond(config, length, f"a text of {length} tokens")
-            return x + self.places(places + config.position_offset).astype(x.dtype)
+            x = x + self.places(places + config.position_offset).astype(x.dtype)
         if config.positions in ("sinusoidal", "sinusoidal_halves"):
             halves = config.positions == "sinusoidal_halves"
-            return x + positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
-        return x
+            x = x + positions.sinusoidal(places, x.shape[-1], halves=halves, dtype=x.dtype)
+        return self.norm_in(x) if config.embed_norm else x
 
     def normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Normalises what the last block wrote, where the config does."""
@@ -104,6 +123,10 @@ class Skeleton(nn.Module):
             x = self.norm(x)
             self.sow("intermediates", "normed", x)
         return x
+
+    def predicted(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores the next token from what the last block wrote."""
+        return self.scored(self.normed(x))
 
     def scored(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Scores every token."""

@@ -306,8 +306,6 @@ _ENCODER_ALONE = ("pad_token", "token_types", "embed_width", "ahead", "head_tran
 def refuse_for_decoder(config: TransformerConfig) -> None:
     """Raises a NotImplementedError that names a choice that encoders alone know."""
     _refuse(config, "a decoder", (*_ENCODER_ALONE, *_ENCODER_DECODER_ALONE))
-    if config.head_bias and config.tie_embeddings:
-        raise NotImplementedError("a decoder whose embeddings are tied knows no head_bias.")
 
 
 def refuse_for_encoder(config: TransformerConfig) -> None:
@@ -332,7 +330,8 @@ class Means(NamedTuple):
 
     Attributes:
         attend: Any function with the signature of `ops.attention.attend`.
-        project: The product of all linear maps of the blocks.
+        project: The product of the blocks' linear maps, but of experts and their routers, and of
+            those from latents to keys and values.
     """
 
     attend: Callable[..., Array] = ops_attention.attend
@@ -401,7 +400,7 @@ def attention(config: TransformerConfig, layer: int, means: Means) -> Make:
             rotate=rope,
             use_bias=config.out_bias,
             scale=config.scale,
-            attend=means.attend,
+            **means._asdict(),
         )
     alibi = config.positions == "alibi"
     return functools.partial(
@@ -427,7 +426,7 @@ def attention(config: TransformerConfig, layer: int, means: Means) -> Make:
 def mlp(config: TransformerConfig, layer: int, means: Means) -> Make:
     """What makes the MLP of one layer, or its experts."""
     if config.experts is not None and layer >= config.experts.first:
-        return _experts(config, config.experts)
+        return _experts(config, config.experts, means)
     if config.activation == "xielu":
         activation: Any = XIELU
     else:
@@ -439,9 +438,11 @@ def mlp(config: TransformerConfig, layer: int, means: Means) -> Make:
     return functools.partial(MLP, config.hidden, activation, **options)
 
 
-def _experts(config: TransformerConfig, experts: ExpertsConfig) -> Make:
+def _experts(config: TransformerConfig, experts: ExpertsConfig, means: Means) -> Make:
     unit: Any = functools.partial(_gate, ACTIVATIONS[config.activation])
-    shared = functools.partial(GatedMLP, experts.shared, unit) if experts.shared else None
+    shared = None
+    if experts.shared:
+        shared = functools.partial(GatedMLP, experts.shared, unit, project=means.project)
     if experts.unit == "clamped":
         unit = functools.partial(
             activations.clamped_swiglu, limit=experts.limit, steepness=experts.steepness

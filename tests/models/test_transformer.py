@@ -1,6 +1,7 @@
 """The config that the skeletons share: every field is read, and nonsense is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,7 @@ import pytest
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder import Encoder
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import ExpertsConfig, LatentConfig, TransformerConfig
-from jaxformer.ops.attention import blocked
 from jaxformer.ops.rope import Rope
 
 CONFIG = TransformerConfig(7, 6, 2, num_heads=4, num_kv_heads=2, head_dim=2, hidden=5)
@@ -78,7 +77,6 @@ WITH = {
     "embed_width": {"head_transform": "gelu"},
     "ahead": {"windows": (2, None)},
     "local_rope": {"windows": (2, None)},
-    "head_bias": {"tie_embeddings": False},
     "num_buckets": {"positions": "buckets"},
     "max_distance": {"positions": "buckets"},
 }
@@ -154,12 +152,23 @@ def test_a_pooler_is_of_encoders(program):
         program(Decoder(changed), TOKENS)
 
 
-def test_tied_logits_have_a_bias_in_encoders_alone(program):
-    changed = dataclasses.replace(CONFIG, head_bias=True)
-    one, other = (program(Encoder(x), TOKENS, method="logits") for x in (CONFIG, changed))
-    assert one != other
-    with pytest.raises(NotImplementedError, match="head_bias"):
-        program(Decoder(changed), TOKENS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_have_a_bias_in_all_three_skeletons(tied):
+    config = dataclasses.replace(CONFIG, head_bias=True, tie_embeddings=tied)
+    for kind, count, method in (
+        (Decoder, 1, "__call__"),
+        (Encoder, 1, "logits"),
+        (EncoderDecoder, 2, "__call__"),
+    ):
+        model, zeros = kind(config), [TOKENS] * count
+        variables = jax.jit(functools.partial(model.init, method=method))(jax.random.key(0), *zeros)
+        params = variables["params"]
+        bias = params["head_bias"] if tied else params["head"]["bias"]
+        moved = {"head_bias": bias + 1} if tied else {"head": params["head"] | {"bias": bias + 1}}
+        one, other = (
+            model.apply({"params": x}, *zeros, method=method) for x in (params, params | moved)
+        )
+        np.testing.assert_allclose(other, one + 1, atol=1e-5)
 
 
 def test_another_first_value_of_the_layer_scale_is_another_program(program):
@@ -187,27 +196,3 @@ def test_sizes_that_cannot_be_are_named_in_the_error(field, value, message):
 
 def test_the_tiny_size_has_the_vocabulary_asked_for():
     assert TransformerConfig.tiny(11).vocab_size == 11
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"positions": "alibi"}, {"windows": (2, None)}, {"softcap": 3.0}, {"sinks": True}],
-    ids=str,
-)
-def test_the_fastest_means_compute_the_same(causal, changes):
-    config = dataclasses.replace(CONFIG, **changes)
-    kind = Decoder if causal else Encoder
-    if not causal and "positions" in changes:
-        config = dataclasses.replace(CONFIG, positions="buckets")
-    tokens, means = jnp.arange(14).reshape(2, 7) % 7, fastest(config, causal=causal)
-    params = kind(config).init(jax.random.key(0), tokens)
-    values, fast = (
-        jax.value_and_grad(lambda p, model=model: jnp.sin(model.apply(p, tokens)).mean())(params)
-        for model in (kind(config), kind(config, *means))
-    )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(y, x, atol=1e-5 * np.abs(x).max()), values, fast
-    )
-    in_blocks = means.attend is blocked.attend_causal
-    assert in_blocks == (causal and not changes)
