@@ -13,8 +13,9 @@ if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "jax")  # each has a cache of its own
 jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / _WORKER)
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
