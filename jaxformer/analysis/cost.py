@@ -210,18 +210,8 @@ def cache_bytes(
     return tokens * block_cost.attention(config).cached * BYTES[dtype]
 
 
-def parameter_bytes(config: "TransformerConfig", *, dtype: str = "float32") -> int:
-    """Bytes of the parameters alone: those of a model that is not trained."""
-    return parameters(config).total * BYTES[dtype]
-
-
-def training_bytes(config: "TransformerConfig", *, dtype: str = "float32") -> dict[str, int]:
-    """Bytes that AdamW needs besides the activations: four numbers for each parameter."""
-    return adamw_bytes(parameters(config).total, dtype=dtype)
-
-
 def adamw_bytes(number: int, *, dtype: str = "float32") -> dict[str, int]:
-    """The same of any number of parameters."""
+    """Bytes that AdamW needs of so many parameters: four numbers for each, and no activations."""
     each = number * BYTES[dtype]
     return {"parameters": each, "gradients": each, "moments": 2 * each}
 

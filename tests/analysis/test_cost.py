@@ -255,15 +255,14 @@ def test_published_sizes():
     assert cost.cache_bytes(llama, 8192, dtype="bfloat16") == 2**30  # 128 KiB a token
 
 
-def test_training_bytes_are_those_of_the_state(size):
+def test_adamws_bytes_are_those_of_its_state(size):
     variables = shapes(LLAMA)
     state = jax.eval_shape(optimizers.adamw(0.1).init, variables)
     moments = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(state) if x.ndim)
-    found = cost.training_bytes(LLAMA)
-    assert found == {"parameters": 4 * size(variables), "gradients": 4 * size(variables)} | {
-        "moments": moments
-    }
-    assert cost.parameter_bytes(LLAMA, dtype="bfloat16") == 2 * size(variables)
+    number = size(variables)
+    found = {"parameters": 4 * number, "gradients": 4 * number, "moments": moments}
+    assert cost.adamw_bytes(number) == found
+    assert cost.adamw_bytes(number, dtype="bfloat16") == {x: y // 2 for x, y in found.items()}
 
 
 # Of a layer and token what enters norms inside attention, less what enters two products.
@@ -392,7 +391,7 @@ def test_every_field_is_counted_or_without_effect_or_refused():
     for name in set(fields) - cost.COUNTED - cost.WITHOUT_EFFECT:
         config = dataclasses.replace(LLAMA)
         object.__setattr__(config, name, "another value")
-        for function in (cost.check, cost.parameters, cost.crossover, cost.training_bytes):
+        for function in (cost.check, cost.parameters, cost.crossover):
             with pytest.raises(NotImplementedError, match=name):
                 function(config)
 
