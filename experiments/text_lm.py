@@ -11,8 +11,8 @@ is for validation: every token of it is predicted exactly once, from at least th
 it into windows whose first tokens see nothing; the report has that figure too, "in separate
 windows". The same command goes on where it was stopped.
 
-Tiny Shakespeare with the defaults, 1,500 steps in ten minutes on two CPU cores: 1.444 nats a
-character, 1.469 in separate windows.
+Tiny Shakespeare on two CPU cores: 1.501 nats a character after three minutes of training, 635
+steps. The 1,500 steps of the defaults give 1.444, and 1.469 in separate windows.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ the stored weights.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def attend_causal(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], channels)
-    out = _blocks(num_blocks, groups.astype(dtype) * factor, k.astype(dtype), v.astype(dtype))
+    out: Any = _blocks(num_blocks, groups.astype(dtype) * factor, k.astype(dtype), v.astype(dtype))
     return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
 
 
