@@ -96,8 +96,10 @@ def attend(
 
     # Dividing after the product touches T×H numbers rather than T×S.
     weights = weights.reshape(grouped_shape).astype(v.dtype)
-    y = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=dtype)
-    y = (y.reshape(*q.shape[:3], v.shape[3]) / total).astype(q.dtype)
+    # Straight to BTKGH, XLA on CPU would put the values on the left: half as fast for few queries.
+    y = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, preferred_element_type=dtype)
+    y = y.transpose(0, 3, 1, 2, 4).reshape(*q.shape[:3], v.shape[3])
+    y = (y / total).astype(q.dtype)
     if not return_lse:
         return y
     lse = jnp.log(total[..., 0]) + largest[..., 0].swapaxes(1, 2)
