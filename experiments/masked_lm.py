@@ -13,7 +13,9 @@ closer than 8 Å among as many pairs as there are columns, six apart or more, th
 other most. No structure takes part in training; `--shuffle`, the control, deals each column anew to
 the sequences. The same command goes on where it was stopped.
 
-MEASURED
+On two CPU cores: of EIIA's alignment, 1,303 sequences of 145 columns, precision 0.407 after 9 min
+45 s, by chance 0.034; of 1.8 M residues, 1,000 steps: 2.68 nats a residue of families never seen,
+2.90 by frequency.
 """
 
 import dataclasses

@@ -341,9 +341,10 @@ def test_a_closed_stream_is_one_line_or_not_needed(folder, command, message):
 
 
 def test_an_interrupt_has_no_traceback(folder):
-    program = (
-        "import sys\n"
+    program = (  # a job in the background would ignore SIGINT
+        "import signal, sys\n"
         "from jaxformer import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('ready', flush=True)\n"
         "sys.exit(cli.main(['tokenizer', 'encode', 'bpe.json']))\n"
     )
