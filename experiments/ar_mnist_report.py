@@ -20,7 +20,7 @@ from jaxformer.generation import decode, samplers
 from jaxformer.models import image_gpt
 from jaxformer.models.image_gpt import ImageGPT
 from jaxformer.ops import losses
-from jaxformer.training import mnist, pictures
+from jaxformer.training import mnist, pictures, records
 from jaxformer.training.step import place
 from jaxformer.typing import Array, Float, Int, PyTree, UInt8
 
@@ -65,8 +65,8 @@ def show(folder: pathlib.Path, new: UInt8[np.ndarray, "n 28 28"]) -> None:
     pictures.digit_grid(
         new[:100].reshape(10, 10, *new.shape[1:]), folder / "samples.png", row_labels="0123456789"
     )
-    rows = (folder / "metrics.jsonl").read_text().splitlines()
-    pictures.loss_curve([json.loads(row) for row in rows], folder / "loss.png")
+    rows = records.read_metrics(folder / "metrics.jsonl")
+    pictures.loss_curve(rows, folder / "loss.png")
     for name, value in json.loads((folder / "report.json").read_text()).items():
         print(f"{name:33} {value:.4g}" if isinstance(value, float) else f"{name:33} {value}")
     print(f"pictures and report: {folder}")

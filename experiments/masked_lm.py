@@ -19,7 +19,6 @@ On two CPU cores: of EIIA's alignment, 1,303 sequences of 145 columns, precision
 """
 
 import dataclasses
-import json
 import sys
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from jaxformer.models.encoder import Encoder
 from jaxformer.models.esm import ESM, ESMConfig
 from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
-from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, records, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -193,7 +192,7 @@ def main(cfg: Config) -> int:
             report["precision"] = columns.precision(scores, distances)
             columns.draw(scores, distances, record.folder / "contacts.png")
         record.report(report)
-        lines = [*map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())]
+        lines = records.read_metrics(record.folder / "metrics.jsonl")
         curve = {"evaluations": ["validation"], "unit": "nats per hidden token"}
         pictures.loss_curve(lines, record.folder / "loss.png", **curve)
         for name, value in report.items():

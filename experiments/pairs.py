@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gzip
 import importlib
 import pathlib
 import string
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.texts import content
 from jaxformer.generation.beam import beam_search
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.ops import attention
@@ -107,9 +107,7 @@ def _read(path: pathlib.Path) -> tuple[Any, Any]:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, ...]]:
-    content = path.read_bytes()
-    content = gzip.decompress(content) if path.suffix == ".gz" else content
-    rows = [tuple(line.split("\t")) for line in content.decode().splitlines()]
+    rows = [tuple(line.split("\t")) for line in content(path).decode().splitlines()]
     for number, row in enumerate(rows, 1):
         if len(row) < 2 or not all(row):
             raise ValueError(f"line {number} of {path.name} is no source, tab and translation")

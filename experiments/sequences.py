@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gzip
 import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -186,10 +185,8 @@ def _apart(items: Any, every: int) -> tuple[list, list]:
 
 
 def _read(name: str) -> str:
-    path = pathlib.Path(name).expanduser()
     try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("ascii")
+        return texts.content(pathlib.Path(name).expanduser()).decode("ascii")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SequencesError(f"{name}: {error}") from error
 

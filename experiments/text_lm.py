@@ -35,7 +35,7 @@ from jaxformer.models.decoder import Decoder
 from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import losses
-from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, records, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import Step, jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -180,9 +180,9 @@ def main(cfg: Config) -> int:
         )
         samples = "\n\n-----\n\n".join(map(text.tokenizer.decode, written))
         (record.folder / "samples.txt").write_text(samples)
-        rows = map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())
+        rows = records.read_metrics(record.folder / "metrics.jsonl")
         curve = {"evaluations": ["validation"], "unit": "nats per token"}
-        pictures.loss_curve([*rows], record.folder / "loss.png", **curve)
+        pictures.loss_curve(rows, record.folder / "loss.png", **curve)
         print(samples, "\n")
         for name, value in report.items():
             print(f"{name:36}{value:.4g}" if isinstance(value, float) else f"{name:36}{value}")

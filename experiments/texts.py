@@ -88,8 +88,13 @@ def _read(name: str) -> str:
         return _read_tfds(path)
     if not path.is_file():
         raise FileNotFoundError("no such file; expected 'embedded', 'tfds:DIR' or files of text")
-    content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    return content(path).decode()
+
+
+def content(path: pathlib.Path) -> bytes:
+    """What a file holds, unpacked if its name ends with `.gz`."""
+    packed = path.read_bytes()
+    return gzip.decompress(packed) if path.suffix == ".gz" else packed
 
 
 def _read_tfds(path: pathlib.Path) -> str:

@@ -17,7 +17,6 @@ greedy and 31.4 with 4 beams on 1,000 sentences (1.4 references), 9.4 % and 11.0
 """
 
 import dataclasses
-import json
 import sys
 import zlib
 from typing import Any
@@ -32,7 +31,7 @@ from experiments.pairs import Pairs
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention, losses
-from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, run
+from jaxformer.training import checkpoint, data, loop, mesh, optimizers, pictures, records, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -170,8 +169,8 @@ def main(cfg: Config) -> int:
         all_pairs.draw_attention(model, params, pairs, written[0], cfg.longest, picture)
         rows = ["\t".join((source[0], new)) for source, new in zip(pairs.tests, written)]
         (record.folder / "samples.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        lines = map(json.loads, (record.folder / "metrics.jsonl").read_text().splitlines())
-        pictures.loss_curve([*lines], record.folder / "loss.png", unit="nats per token")
+        lines = records.read_metrics(record.folder / "metrics.jsonl")
+        pictures.loss_curve(lines, record.folder / "loss.png", unit="nats per token")
         print("\n".join(rows[:8]), "\n")
         for name, value in report.items():
             print(f"{name:20}{value:.4g}" if isinstance(value, float) else f"{name:20}{value}")
