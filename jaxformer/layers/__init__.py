@@ -3,7 +3,7 @@
 linear      Dense, with the product passed in
 norms       RMSNorm, LayerNorm, GroupNorm, BatchNorm
 mlp         MLP and GatedMLP (SwiGLU and its family)
-embed       Embed, LearnedPositions, RelativeBias, NeighbourEmbed
+embed       Embed, LearnedPositions, GridPositions, RelativeBias, NeighbourEmbed
 attention   SelfAttention and CrossAttention: grouped queries, QK-norm, rotary, key-value cache
 block       PreNorm, PostNorm, SandwichNorm and NoNorm residuals; Block
 stack       Stack of blocks, unrolled or scanned, with or without remat, shared or not

@@ -195,6 +195,7 @@ class SelfAttention(nn.Module):
         norm: Makes a norm of the channels of queries and keys; None for no QK-norm.
         norm_whole: Whether it is of all heads' channels together, not of each head's.
         use_bias: Of the projections.
+        key_bias: Whether the keys' has one too, if `use_bias`.
         out_bias: Of the last one; as `use_bias` if None.
         scale: Factor of the logits; H**-0.5 if None.
         softcap: Bound of the logits; None for none.
@@ -221,6 +222,7 @@ class SelfAttention(nn.Module):
     norm: Callable[..., nn.Module] | None = None
     norm_whole: bool = False
     use_bias: bool = False
+    key_bias: bool = True
     out_bias: bool | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -238,7 +240,7 @@ class SelfAttention(nn.Module):
         x: Float[Array, "B T D"],
         mask: Mask | None = None,
         *,
-        positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
+        positions: Int[Array, "B T"] | Int[Array, "T"] | Float[Array, "#B T A"] | None = None,
         bias: Float[Array, "..."] | None = None,
         cache: KVCache | None = None,
         counts: Int[Array, "B"] | None = None,
@@ -250,7 +252,8 @@ class SelfAttention(nn.Module):
             mask: Who may look; all at all if None, or with a cache, each at its past. With a cache
                 it is of T new tokens at all places of the text, and must hide those not written
                 yet; one that counts from the query's place needs `offset=cache.length`.
-            positions: Place of each token for `rotate`; counted on from the cache's length, or 0.
+            positions: Place of each token for `rotate`, or its coordinates where `rotate` takes
+                these; counted on from the cache's length, or 0.
             bias: Added to the logits; broadcasts to B N T S.
             cache: Keys and values of what came before; with it the new cache is returned too.
             counts: How many of the T tokens are real in each row, with a cache by row.
@@ -264,7 +267,16 @@ class SelfAttention(nn.Module):
             raise ValueError("a window goes with no slopes; with a cache, with no ahead or bias.")
         heads, kv_heads, channels = _sizes(self, x.shape[-1])
         total = heads + 2 * kv_heads
-        fused = Dense(total * channels, self.use_bias, project=self.project, name="qkv")(x)
+        whole_bias = self.use_bias and self.key_bias
+        fused = Dense(total * channels, whole_bias, project=self.project, name="qkv")(x)
+        if self.use_bias and not self.key_bias:
+            sizes = {"q_bias": heads, "v_bias": kv_heads}
+            q_bias, v_bias = (
+                self.param(name, nn.initializers.zeros, (size * channels,)).astype(x.dtype)
+                for name, size in sizes.items()
+            )
+            none = jnp.zeros((kv_heads * channels,), x.dtype)
+            fused = fused + jnp.concatenate([q_bias, none, v_bias])[None, None]
         if self.norm is not None and self.norm_whole:
             parts = (heads * channels, (heads + kv_heads) * channels)
             q, k, v = jnp.split(fused, parts, axis=2)

@@ -1,5 +1,7 @@
 """From integers to vectors."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,40 @@ class LearnedPositions(nn.Module):
         """Adds the rows from `offset` on; past the end it raises, or gives NaN where traced."""
         table = self.param("table", _INIT, (self.max_length, x.shape[-1]))
         return x + positions.lookup(table, x.shape[1], offset).astype(x.dtype)[None]
+
+
+class GridPositions(nn.Module):
+    """Makes a vector for each patch of a grid, and for tokens before the patches.
+
+    Attributes:
+        grid: Patches on each axis, for which learned vectors are made; for others they are
+            interpolated.
+        width: D.
+        learned: Learns the vectors; if not, they are `positions.sinusoidal_grid` of the patches'
+            numbers, and zeros for tokens before.
+        before: Tokens before the patches.
+        antialias: As in `positions.resize_grid`.
+    """
+
+    grid: tuple[int, ...]
+    width: int
+    learned: bool = True
+    before: int = 0
+    antialias: bool = False
+
+    @nn.compact
+    def __call__(self, grid: tuple[int, ...]) -> Float[Array, "rows D"]:
+        """Makes the vectors for a grid: first the tokens before, then the patches in order."""
+        if not self.learned:
+            steps = np.meshgrid(*map(np.arange, grid), indexing="ij")
+            numbers = np.stack(steps, axis=-1).reshape(-1, len(grid)).astype(np.float32)
+            waves = positions.sinusoidal_grid(jnp.asarray(numbers), self.width)
+            return jnp.pad(waves, ((self.before, 0), (0, 0)))
+        rows = self.before + math.prod(self.grid)
+        table = self.param("table", _INIT, (rows, self.width))
+        first, rest = table[: self.before], table[self.before :]
+        rest = positions.resize_grid(rest, self.grid, grid, antialias=self.antialias)
+        return jnp.concatenate([first, rest])
 
 
 class RelativeBias(nn.Module):

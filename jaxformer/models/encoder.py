@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jaxformer.layers.embed import Embed
 from jaxformer.layers.linear import Dense
@@ -123,14 +124,14 @@ class Encoder(Skeleton):
 
 
 def attention_maps(
-    model: Encoder, variables: PyTree, *args: Any, **kwargs: Any
+    model: nn.Module, variables: PyTree, *args: Any, **kwargs: Any
 ) -> Float[Array, "B L N S S"]:
     """Draws who looks at whom and how much, in each layer and head; S² numbers for each.
 
     Args:
-        model: An encoder.
+        model: An encoder of texts or of images.
         variables: Its variables.
-        *args: What `model` takes: tokens, a mask; likewise keywords.
+        *args: What `model` takes: tokens or images, a mask; likewise keywords.
 
     Returns:
         `maps[b, l, n, t]` are the weights with which token t reads all others.

@@ -32,7 +32,7 @@ from jaxformer.layers.stack import Stack
 from jaxformer.ops import activations, linear, positions
 from jaxformer.ops import attention as ops_attention
 from jaxformer.ops import experts as ops_experts
-from jaxformer.ops.rope import Rope
+from jaxformer.ops.rope import GridRope, Rope
 from jaxformer.typing import Array, DTypeLike, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -164,7 +164,7 @@ class TransformerConfig:
         pad_token: Token that takes the row before that one and is not counted; None for none.
         token_types: Kinds of tokens, such as the first and the second text, each with a learned
             vector; 0 for none.
-        rope: How rotary positions turn.
+        rope: How rotary positions turn; by coordinates, for models of images.
         local_rope: The same in layers with a window; None for no difference.
         windows: For each layer how many tokens each may look at, itself and those before, or None
             for all; empty for all in all layers.
@@ -172,6 +172,7 @@ class TransformerConfig:
         activation: One of `ACTIVATIONS`, or "xielu".
         gated: Whether one half of the hidden channels gates the other.
         qkv_bias: Of the projections to queries, keys and values.
+        key_bias: Whether that to keys has one too.
         out_bias: Of the one after attention.
         mlp_bias: Of the MLP's maps.
         head_bias: Of the logits.
@@ -220,13 +221,14 @@ class TransformerConfig:
     position_offset: int = 0
     pad_token: int | None = None
     token_types: int = 0
-    rope: Rope = Rope()
+    rope: Rope | GridRope = Rope()
     local_rope: Rope | None = None
     windows: tuple[int | None, ...] = ()
     ahead: int = 0
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
+    key_bias: bool = True
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
@@ -412,6 +414,7 @@ def attention(config: TransformerConfig, layer: int, means: Means) -> Make:
         norm=config.make_norm() if config.qk_norm else None,
         norm_whole=config.qk_norm == "whole",
         use_bias=config.qkv_bias,
+        key_bias=config.key_bias,
         out_bias=config.out_bias,
         scale=config.scale,
         softcap=config.softcap,

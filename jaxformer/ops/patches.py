@@ -1,18 +1,21 @@
 """Images to sequences and back, without loss."""
 
+import math
+
 import jax.numpy as jnp
 
 from jaxformer.typing import Array, Bool, Int, Shaped
 
 
 def patchify(
-    images: Shaped[Array, "B height width C"], patch: tuple[int, int]
+    images: Shaped[Array, "B *size C"], patch: tuple[int, ...]
 ) -> Shaped[Array, "B P channels"]:
     """Cuts images into patches, rows of patches first; within a patch rows, columns, channels.
 
     Args:
-        images: Images, channels last.
-        patch: Height and width of a patch in pixels.
+        images: Images, `B height width C`; clips, `B frames height width C`; or any other number
+            of axes.
+        patch: Size of a patch on each axis: height and width in pixels.
 
     Returns:
         P patches of `ph * pw * C` numbers each.
@@ -20,36 +23,52 @@ def patchify(
     Raises:
         ValueError: If a patch does not divide the image.
     """
-    batch, height, width, channels = images.shape
-    ph, pw = _checked(patch, height, width)
-    grid = images.reshape(batch, height // ph, ph, width // pw, pw, channels)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, ph * pw * channels)
+    batch, *size, channels = images.shape
+    grid = grid_of(tuple(size), patch)
+    axes = len(grid)
+    pairs = [number for pair in zip(grid, patch) for number in pair]
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    cut = images.reshape(batch, *pairs, channels).transpose(order)
+    return cut.reshape(batch, math.prod(grid), math.prod(patch) * channels)
 
 
 def unpatchify(
-    patches: Shaped[Array, "B P channels"], patch: tuple[int, int], size: tuple[int, int]
-) -> Shaped[Array, "B height width C"]:
+    patches: Shaped[Array, "B P channels"], patch: tuple[int, ...], size: tuple[int, ...]
+) -> Shaped[Array, "B *size C"]:
     """Puts patches together again: the exact inverse of `patchify`.
 
     Args:
         patches: P patches, as `patchify` orders them.
-        patch: Height and width of a patch in pixels.
-        size: Height and width of the image in pixels.
+        patch: Size of a patch on each axis: height and width in pixels.
+        size: The same of the image.
 
     Raises:
         ValueError: If a patch does not divide the image, or the number or the size of the patches
             does not fit.
     """
     batch, count, numbers = patches.shape
-    ph, pw = _checked(patch, *size)
-    rows, columns = size[0] // ph, size[1] // pw
-    if count != rows * columns or numbers % (ph * pw):
+    grid, pixels = grid_of(size, patch), math.prod(patch)
+    if count != math.prod(grid) or numbers % pixels:
         raise ValueError(
-            f"an image of {size[0]}×{size[1]} has P={rows * columns} patches of a multiple of "
-            f"{ph * pw} numbers; got P={count} of {numbers}."
+            f"an image of {_by(size)} has P={math.prod(grid)} patches of a multiple of "
+            f"{pixels} numbers; got P={count} of {numbers}."
         )
-    grid = patches.reshape(batch, rows, columns, ph, pw, numbers // (ph * pw))
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, -1)
+    axes = len(grid)
+    order = (0, *(n for axis in range(1, axes + 1) for n in (axis, axis + axes)), 2 * axes + 1)
+    cut = patches.reshape(batch, *grid, *patch, numbers // pixels)
+    return cut.transpose(order).reshape(batch, *size, numbers // pixels)
+
+
+def grid_of(size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Counts the patches on each axis of an image.
+
+    Raises:
+        ValueError: If a patch does not divide the image.
+    """
+    fits = len(size) == len(patch) and all(p >= 1 and n % p == 0 for n, p in zip(size, patch))
+    if not fits:
+        raise ValueError(f"patches of {_by(patch)} do not divide an image of {_by(size)}.")
+    return tuple(n // p for n, p in zip(size, patch))
 
 
 def bits_to_tokens(bits: Shaped[Array, "*B k"]) -> Int[Array, "*B"]:
@@ -88,8 +107,5 @@ def _weights(k: int) -> Int[Array, "k"]:
     return jnp.array([1 << place for place in reversed(range(k))], jnp.int32)
 
 
-def _checked(patch: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    ph, pw = patch
-    if ph < 1 or pw < 1 or height % ph or width % pw:
-        raise ValueError(f"patches of {ph}×{pw} do not divide an image of {height}×{width}.")
-    return ph, pw
+def _by(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))

@@ -56,6 +56,94 @@ def sinusoidal(
     return jnp.stack([sines, cosines], axis=-1).reshape(*positions.shape, width).astype(dtype)
 
 
+def sinusoidal_grid(
+    coordinates: Float[Array, "*B A"], width: int, *, max_period: float = 10_000.0
+) -> Float[Array, "*B {width}"]:
+    """Makes waves of each coordinate: one share of the channels an axis, the last axis first.
+
+    Of each share the first half are the sines, the second the cosines, in float32. With rows and
+    columns of patches these are the positions of MAE and of I-JEPA, whose first half of channels
+    tells the columns.
+
+    Args:
+        coordinates: On A axes, such as row and column, in patches.
+        width: D.
+        max_period: Ratio of the slowest wave to the first, whose frequency is 1.
+
+    Raises:
+        ValueError: If D (`width`) is no multiple of 2·A.
+
+    References:
+        He et al. 2022, "Masked autoencoders are scalable vision learners", the authors' code.
+        https://arxiv.org/abs/2111.06377
+    """
+    axes = coordinates.shape[-1]
+    if axes < 1 or width % (2 * axes):
+        raise ValueError(f"sinusoidal_grid needs D to be a multiple of 2·A; D={width}, A={axes}.")
+    steps = np.arange(width // (2 * axes)) / (width // (2 * axes))
+    frequencies = jnp.asarray(max_period**-steps, jnp.float32)
+    angles = coordinates[..., ::-1, None] * _aligned(frequencies, coordinates.ndim + 1)
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return waves.reshape(*coordinates.shape[:-1], width)
+
+
+def resize_grid(
+    table: Float[Array, "P D"],
+    grid: tuple[int, ...],
+    new: tuple[int, ...],
+    *,
+    antialias: bool = False,
+) -> Float[Array, "P2 D"]:
+    """Interpolates a table of positions on a grid of patches to another grid, by cubic splines.
+
+    It is PyTorch's bicubic interpolation between pixel centres, with the outermost rows repeated
+    beyond the edges; or with `antialias` the smoother one that averages where it shrinks. The
+    arithmetic is in float32. The same grid gives the same table.
+
+    Args:
+        table: Rows of the grid in order, the last axis fastest.
+        grid: Patches on each axis.
+        new: The same of the result.
+        antialias: Widens the spline by the factor of shrinking, as DINOv2 with registers does.
+
+    Raises:
+        ValueError: If P is not what `grid` says, or the numbers of axes differ.
+
+    References:
+        Keys 1981, "Cubic convolution interpolation for digital image processing", eq. 4 (slope
+        -0.75 without `antialias`, -0.5 with it). https://doi.org/10.1109/TASSP.1981.1163711
+    """
+    if table.shape[0] != math.prod(grid) or len(grid) != len(new):
+        raise ValueError(f"a table of {table.shape[0]} rows of grid {grid} cannot become {new}.")
+    if grid == new:
+        return table
+    resized = table.astype(jnp.float32).reshape(*grid, -1)
+    for axis, (before, after) in enumerate(zip(grid, new)):
+        weights = jnp.asarray(_cubic(before, after, antialias), jnp.float32)
+        resized = jnp.moveaxis(jnp.tensordot(weights, resized, (1, axis)), 0, axis)
+    return resized.reshape(math.prod(new), -1).astype(table.dtype)
+
+
+def _cubic(before: int, after: int, antialias: bool) -> np.ndarray:
+    """The weights of `before` samples in each of `after` new ones."""
+    scale = before / after
+    wide = max(scale, 1.0) if antialias else 1.0
+    slope = -0.5 if antialias else -0.75
+    centres = (np.arange(after) + 0.5) * scale - 0.5
+    reach = 2 * math.ceil(wide) + 1
+    places = np.floor(centres).astype(int)[:, None] + np.arange(-reach, reach + 1)
+    x = np.abs(places - centres[:, None]) / wide
+    near = ((slope + 2) * x - (slope + 3)) * x * x + 1
+    far = slope * (((x - 5) * x + 8) * x - 4)
+    weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:  # nothing is beyond the edges: what is there counts the more
+        weights = np.where((places >= 0) & (places < before), weights, 0.0)
+        weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((after, before))
+    np.add.at(matrix, (np.arange(after)[:, None], places.clip(0, before - 1)), weights)
+    return matrix
+
+
 def lookup(
     table: Float[Array, "rows D"], length: int, offset: int | Int[Array, ""] = 0
 ) -> Float[Array, "{length} D"]:
@@ -170,6 +258,10 @@ def bucket_bias(table: Float[Array, "E N"], buckets: Int[Array, "T S"]) -> Float
     buckets = jnp.where(buckets < 0, table.shape[0], buckets)
     bias = table.at[buckets].get(mode="fill", fill_value=jnp.nan)
     return bias.transpose(2, 0, 1)[None]
+
+
+def _aligned(x: Array, ndim: int) -> Array:
+    return x.reshape((1,) * (ndim - 1) + x.shape)
 
 
 def _relative(query_length: int, key_length: int, offset: int | Array) -> Array:

@@ -118,3 +118,79 @@ class Rope:
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
         turns = self.length * plain / (2 * math.pi)
         return np.clip((turns - self.slow) / (self.fast - self.slow), 0, 1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridRope:
+    """Turns queries and keys by their coordinates on a grid of patches: `rope(x, coordinates)`.
+
+    A token whose coordinates are all 0 is not turned.
+
+    Attributes:
+        theta: Ratio base of the wavelengths.
+        unit: Radians that the fastest pair turns for a coordinate of 1.
+        interleaved: The form of V-JEPA 2, for weights that were trained with it: each axis turns
+            neighbours in a share of the channels, the same in all shares, the two neighbours by
+            the angles of different frequencies. If not, that of DINOv3: halves are paired over the
+            whole head, and each axis has an equal share of the pairs.
+
+    References:
+        Heo et al. 2024, "Rotary position embedding for vision transformer", section 3.2.
+        https://arxiv.org/abs/2403.13298
+        Siméoni et al. 2025, "DINOv3", section 3.2. https://arxiv.org/abs/2508.10104
+        Assran et al. 2025, "V-JEPA 2", section 2.1. https://arxiv.org/abs/2506.09985
+    """
+
+    theta: float = 100.0
+    unit: float = 2 * math.pi
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.theta <= 0:
+            raise ValueError(f"rotary positions need theta > 0, got {self.theta=}.")
+
+    def __call__(
+        self, x: Float[Array, "B T N H"], coordinates: Float[Array, "#B T A"]
+    ) -> Float[Array, "B T N H"]:
+        """Turns queries or keys; angles are in float32.
+
+        Raises:
+            ValueError: If H is no multiple of 2·A, or with `interleaved` is less.
+        """
+        axes, head_dim = coordinates.shape[-1], x.shape[-1]
+        pairs = head_dim // (2 * axes)
+        if pairs == 0 or (head_dim % (2 * axes) and not self.interleaved):
+            raise ValueError(f"GridRope needs H to be a multiple of 2·A; H={head_dim}, A={axes}.")
+        powers = np.arange(pairs, dtype=np.float32) / np.float32(pairs)
+        frequencies = jnp.asarray(np.float32(self.unit) / np.float32(self.theta) ** powers)
+        angles = coordinates[..., None].astype(jnp.float32) * frequencies[None, None, None]
+        if self.interleaved:
+            angles = jnp.concatenate([angles, angles], axis=-1)
+            angles = angles.reshape(*coordinates.shape[:2], -1)
+            rest = head_dim - angles.shape[-1]
+            angles = jnp.pad(angles, ((0, 0), (0, 0), (0, rest)))
+        else:
+            angles = jnp.tile(angles.reshape(*coordinates.shape[:2], -1), 2)
+        angles, x32 = angles[:, :, None], x.astype(jnp.float32)
+        turned = x32 * jnp.cos(angles) + self._across(x32) * jnp.sin(angles)
+        return turned.astype(x.dtype)
+
+    def coordinates(self, grid: tuple[int, ...]) -> np.ndarray:
+        """The places of P patches on A axes, the last axis fastest, as float32 `P A`.
+
+        They are the patches' numbers, or without `interleaved` their centres on axes that run from
+        -1 to 1.
+        """
+        steps = [np.arange(n, dtype=np.float32) for n in grid]
+        if not self.interleaved:
+            steps = [2 * (step + 0.5) / n - 1 for step, n in zip(steps, grid)]
+        mesh = np.meshgrid(*steps, indexing="ij")
+        return np.stack(mesh, axis=-1).reshape(-1, len(grid)).astype(np.float32)
+
+    def _across(self, x: Array) -> Array:
+        """Each channel's partner, a quarter turn ahead."""
+        if self.interleaved:
+            pairs = x.reshape(*x.shape[:-1], -1, 2)
+            return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+        left, right = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([-right, left], axis=-1)

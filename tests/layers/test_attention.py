@@ -236,3 +236,16 @@ def test_heads_that_do_not_divide_are_named_in_the_error(make, sizes, message):
     args = (X,) if make is SelfAttention else (X, CONTEXT)
     with pytest.raises(ValueError, match=message):
         make(**sizes).init(jax.random.key(0), *args)
+
+
+def test_keys_may_lack_the_bias_that_queries_and_values_have(draw):
+    layer, whole = (SelfAttention(6, 2, 4, use_bias=True, key_bias=x) for x in (False, True))
+    params = draw(layer, X)["params"]
+    assert params["q_bias"].shape == (24,)
+    assert params["v_bias"].shape == (8,)
+    bias = jnp.concatenate([params["q_bias"], jnp.zeros(8), params["v_bias"]])
+    same = {"qkv": params["qkv"] | {"bias": bias}, "out": params["out"]}
+    found, expected = (m.apply({"params": p}, X) for m, p in ((layer, params), (whole, same)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    bare = SelfAttention(6, 2, 4, key_bias=False)
+    assert "q_bias" not in draw(bare, X)["params"]

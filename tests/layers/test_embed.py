@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.layers.embed import Embed, LearnedPositions, NeighbourEmbed, RelativeBias
+from jaxformer.layers.embed import (
+    Embed,
+    GridPositions,
+    LearnedPositions,
+    NeighbourEmbed,
+    RelativeBias,
+)
+from jaxformer.ops import positions
 
 V, D, B, T = 7, 5, 2, 12
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
@@ -117,3 +124,24 @@ def test_without_neighbours_there_is_nothing_to_add(draw):
 def test_neighbours_that_are_not_yet_known_are_refused(offset):
     with pytest.raises(ValueError, match=rf"\({offset[0]}, {offset[1]}\)"):
         NeighbourEmbed(V, D, COLUMNS, (offset,)).init(jax.random.key(0), TOKENS)
+
+
+def test_positions_of_a_grid_are_learned_and_resized_but_not_those_before(draw):
+    layer = GridPositions((2, 3), 4, before=2, antialias=True)
+    variables = draw(layer, grid=(2, 3))
+    table = variables["params"]["table"]
+    assert table.shape == (2 + 6, 4)
+    assert (layer.apply(variables, (2, 3)) == table).all()
+    wide = layer.apply(variables, (2, 5))
+    assert (wide[:2] == table[:2]).all()
+    expected = positions.resize_grid(table[2:], (2, 3), (2, 5), antialias=True)
+    np.testing.assert_array_equal(wide[2:], expected)
+
+
+def test_positions_of_a_grid_may_be_waves_without_parameters():
+    layer = GridPositions((2, 3), 4, learned=False, before=1)
+    table = layer.apply({}, (3, 2))
+    assert table.shape == (1 + 6, 4)
+    assert (table[0] == 0).all()
+    places = jnp.asarray([[row, column] for row in range(3) for column in range(2)], jnp.float32)
+    np.testing.assert_array_equal(table[1:], positions.sinusoidal_grid(places, 4))

@@ -5,6 +5,7 @@
 writes the files in `tests/models/parameters` anew.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -13,11 +14,15 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.models.decoder import Decoder
+from jaxformer.models.dino import DINO, DINOConfig
 from jaxformer.models.encoder import Encoder
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.esm import ESM, ESMConfig
 from jaxformer.models.image_gpt import ImageGPT, ImageGPTConfig
+from jaxformer.models.jepa import JEPA, JEPAConfig
+from jaxformer.models.mae import MAE, MAEConfig
 from jaxformer.models.transformer import TransformerConfig
+from jaxformer.models.vit import ViT, ViTConfig
 
 FOLDER = pathlib.Path(__file__).parent / "parameters"
 SIZES = {"width": 5, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 2}
@@ -37,24 +42,34 @@ BOTH_WAYS = {
 WORDS = TransformerConfig(vocab_size=17, hidden=13, **SIZES, **BOTH_WAYS)
 PICTURES = ImageGPTConfig(side=6, num_classes=7, width=10, num_layers=2, hidden=13)
 
+PHOTOS = ViTConfig((6, 10), (3, 2), 3, 8, 2, 2, 11, pooler=True, num_classes=7)
+DINO_PHOTOS = dataclasses.replace(
+    PHOTOS, registers=3, mask_token=True, layer_scale=0.1, key_bias=False, gated=True, scan=True
+)
+WAVES = dataclasses.replace(PHOTOS, positions="sinusoidal")
+
+TOKENS, IMAGES, FEW = jnp.zeros((1, 3), int), jnp.zeros((1, 6, 10, 3)), jnp.zeros((1, 4), int)
 MODELS = {
-    "decoder": (Decoder(TEXT), 1),
-    "decoder_full": (Decoder(FULL), 1),
-    "encoder": (Encoder(TEXT), 1),
-    "encoder_of_masked_words": (Encoder(WORDS), 1, "logits"),
-    "esm": (ESM(ESMConfig.esm2(12, 2, 3)), 1, "logits"),
-    "encoder_decoder": (EncoderDecoder(TEXT), 2),
-    "encoder_decoder_full": (EncoderDecoder(FULL), 2),
-    "image_gpt": (ImageGPT(PICTURES), 1),
+    "decoder": (Decoder(TEXT), [TOKENS]),
+    "decoder_full": (Decoder(FULL), [TOKENS]),
+    "encoder": (Encoder(TEXT), [TOKENS]),
+    "encoder_of_masked_words": (Encoder(WORDS), [TOKENS], "logits"),
+    "esm": (ESM(ESMConfig.esm2(12, 2, 3)), [TOKENS], "logits"),
+    "encoder_decoder": (EncoderDecoder(TEXT), [TOKENS, TOKENS]),
+    "encoder_decoder_full": (EncoderDecoder(FULL), [TOKENS, TOKENS]),
+    "image_gpt": (ImageGPT(PICTURES), [TOKENS]),
+    "vit": (ViT(PHOTOS), [IMAGES], "logits"),
+    "dino": (DINO(DINOConfig(DINO_PHOTOS, 9, 5, 3)), [IMAGES, FEW]),
+    "mae": (MAE(MAEConfig.of(WAVES, 12, 1, 3)), [IMAGES, FEW, FEW]),
+    "jepa": (JEPA(JEPAConfig.of(PHOTOS, 12, 1, 3, positions="learned")), [IMAGES, FEW, FEW]),
 }
 
 
 def listing(name):
     """One line a parameter."""
-    model, texts, *method = MODELS[name]
-    tokens = jnp.zeros((1, 3), int)
+    model, given, *method = MODELS[name]
     init = functools.partial(model.init, method=method[0] if method else "__call__")
-    shapes = jax.eval_shape(init, jax.random.key(0), *[tokens] * texts)
+    shapes = jax.eval_shape(init, jax.random.key(0), *given)
     lines = []
     for path, leaf in jax.tree.leaves_with_path(shapes):
         sizes = " × ".join(map(str, leaf.shape))

@@ -50,6 +50,7 @@ CHANGES = {
     "activation": "gelu",
     "gated": False,
     "qkv_bias": True,
+    "key_bias": False,
     "out_bias": True,
     "mlp_bias": True,
     "head_bias": True,
@@ -71,6 +72,7 @@ CHANGES = {
 }
 # What must be chosen too for a field to matter.
 WITH = {
+    "key_bias": {"qkv_bias": True},
     "max_length": {"positions": "learned", "max_length": 8},
     "position_offset": {"positions": "learned", "max_length": 8},
     "pad_token": {"positions": "learned", "max_length": 8, "position_offset": 1},

@@ -1,5 +1,6 @@
 """Patches: exact inverses, and an order one can see."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,32 @@ def test_channels_stay_beside_each_other():
     images = jnp.asarray(RANDOM.random((2, 4, 6, 3)), jnp.float32)
     expected = np.asarray(images)[:, 2:4, 3:6].reshape(2, -1)
     assert (patches.patchify(images, (2, 3))[:, 3] == expected).all()
+
+
+def test_clips_are_cut_in_time_too_and_put_together_again():
+    clip = jnp.asarray(RANDOM.random((2, 4, 6, 10, 3)), jnp.float32)
+    cut = patches.patchify(clip, (2, 3, 5))
+    assert cut.shape == (2, 2 * 2 * 2, 2 * 3 * 5 * 3)
+    second = np.asarray(clip)[:, :2, :3, 5:]  # the last axis runs fastest
+    assert (cut[:, 1] == second.reshape(2, -1)).all()
+    assert (patches.unpatchify(cut, (2, 3, 5), (4, 6, 10)) == clip).all()
+
+
+def test_patches_times_a_matrix_are_a_strided_convolution():
+    images = jnp.asarray(RANDOM.standard_normal((2, 6, 20, 3)), jnp.float32)
+    kernel = jnp.asarray(RANDOM.standard_normal((3, 4, 3, 7)), jnp.float32)
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (3, 4), "VALID", dimension_numbers=layout, precision="highest"
+    )
+    found = patches.patchify(images, (3, 4)) @ kernel.reshape(-1, 7)
+    np.testing.assert_allclose(found, expected.reshape(2, -1, 7), atol=2e-5)
+
+
+@pytest.mark.parametrize(("patch", "size"), [((2, 3), (4, 7)), ((2,), (4, 6)), ((0, 3), (4, 6))])
+def test_a_patch_that_does_not_divide_is_named(patch, size):
+    with pytest.raises(ValueError, match=f"of {'×'.join(map(str, patch))} do not divide .*of 4×"):
+        patches.grid_of(size, patch)
 
 
 def test_the_first_bit_is_the_most_significant():

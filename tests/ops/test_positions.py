@@ -143,3 +143,45 @@ def test_buckets_that_cannot_be_divided_are_refused(options):
 def test_odd_widths_are_named_in_the_error():
     with pytest.raises(ValueError, match="D=7"):
         positions.sinusoidal(jnp.arange(3), 7)
+
+
+def test_waves_of_a_grid_tell_the_last_axis_in_the_first_share():
+    at = np.array([[0, 0], [3, 11], [25, 4]], np.float32)
+    found = positions.sinusoidal_grid(jnp.asarray(at), 12)
+    for axis, first in ((1, 0), (0, 6)):
+        for wave in range(3):
+            angle = at[:, axis] / 10_000 ** (wave / 3)
+            np.testing.assert_allclose(found[:, first + wave], np.sin(angle), atol=3e-6)
+            np.testing.assert_allclose(found[:, first + 3 + wave], np.cos(angle), atol=3e-6)
+    with pytest.raises(ValueError, match="D=10, A=2"):
+        positions.sinusoidal_grid(jnp.asarray(at), 10)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("new", [(5, 7), (7, 11), (2, 3), (1, 20)])
+def test_a_table_is_resized_as_pytorch_resizes_it(new, antialias):
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).standard_normal((35, 3)).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(table.reshape(1, 5, 7, 3).transpose(0, 3, 1, 2)),
+        size=new,
+        mode="bicubic",
+        align_corners=False,
+        antialias=antialias,
+    )
+    found = positions.resize_grid(jnp.asarray(table), (5, 7), new, antialias=antialias)
+    expected = theirs.numpy()[0].transpose(1, 2, 0).reshape(-1, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_resizing_keeps_a_slope_and_the_same_grid():
+    table = jnp.asarray(np.indices((8, 4, 6)).reshape(3, -1).T, jnp.float32)
+    assert positions.resize_grid(table, (8, 4, 6), (8, 4, 6)) is table
+    twice = positions.resize_grid(table, (8, 4, 6), (16, 8, 12), antialias=True)
+    middle = (slice(4, -4), slice(3, -3), slice(4, -4))  # where no edge is in reach
+    expected = (np.indices((16, 8, 12)).transpose(1, 2, 3, 0) - 0.5) / 2
+    found = np.asarray(twice).reshape(16, 8, 12, 3)
+    np.testing.assert_allclose(found[middle], expected[middle], atol=1e-5)
+    for wrong in ((5, 7), (4, 2, 4)):
+        with pytest.raises(ValueError, match="192 rows"):
+            positions.resize_grid(table, wrong, wrong)
