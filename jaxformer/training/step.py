@@ -11,12 +11,16 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxformer.training import ema, leaves
 from jaxformer.training.state import TrainState
 from jaxformer.typing import Array, DTypeLike, Key, PyTree
 
 Metrics = dict[str, Array]
 Batch = PyTree
 LossFn = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Metrics]]
+StatefulLossFn = Callable[
+    [PyTree, Batch, Key[Array, ""], TrainState], tuple[Array, tuple[Metrics, PyTree | None]]
+]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -32,11 +36,12 @@ class PureStep(Protocol):
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | StatefulLossFn,
     optimizer: optax.GradientTransformation,
     *,
+    stateful: bool = False,
     accumulate: int = 1,
-    ema_decay: float | None = None,
+    ema_decay: float | optax.Schedule | None = None,
     compute_dtype: DTypeLike = jnp.float32,
 ) -> PureStep:
     """Makes a pure function from a state and a batch to the next state and the step's metrics.
@@ -46,49 +51,67 @@ def make_train_step(
     the whole gradient, before any clipping) and `param_norm` (of the new parameters): where these
     are finite, so is the new state.
 
+    A stateful loss sees the state before the step, of which no gradient is taken: `state.ema` is
+    its teacher, `state.step` tells where its schedules stand, and `state.extra` is what it keeps
+    beside the parameters, whose next value it returns:
+
+        def loss_fn(params, batch, key, state):
+            ...
+            return loss, (metrics, extra)
+
+    Parts of a batch, and devices of `pmap_step`, all start from the same `extra`, and what they
+    return is averaged. That is the step of the whole batch if the new `extra` depends on the rows
+    through means alone, as `m * old + (1 - m) * rows.mean(0)` does; sums are to be means times the
+    number of rows that the loss was given.
+
     Args:
         loss_fn: Takes parameters, batch and key; returns the mean loss over the batch and a
             dictionary of further scalars that are means as well.
         optimizer: Any optax transformation, such as those of `training.optimizers`.
+        stateful: Whether `loss_fn` takes the state as well, and returns the metrics in a pair with
+            the next `extra` (`state.extra` where it changes nothing).
         accumulate: Parts that the batch is cut into, whose gradients are averaged one after the
             other: the gradient of the whole batch with the memory of a part.
-        ema_decay: Share of the old average that stays at each step, (1 + step) / (10 + step) where
-            that is less; needs a state created with `ema=True`.
-        compute_dtype: What the parameters are cast to for `loss_fn`; the state and the optimizer
-            stay in float32.
+        ema_decay: Share of the old average that stays at each step, as a function of the steps done
+            such as `ema.cosine`; a number stands for `ema.ramped`. Needs a state created with
+            `ema=True`.
+        compute_dtype: What the parameters and their average are cast to for `loss_fn`; the state
+            and the optimizer stay in float32.
 
     Raises:
         ValueError: If `accumulate` is below 1 or `ema_decay` outside [0, 1); when called, if parts
-            do not divide the batch, or if only one of state and step has an average.
+            do not divide the batch, if only one of state and step has an average, if a state with
+            `extra` meets a loss that is not stateful, or the loss returns another kind of `extra`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be positive, got accumulate={accumulate}.")
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), got ema_decay={ema_decay}.")
-
-    def loss_in_compute_dtype(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        return loss_fn(cast_floats(params, compute_dtype), batch, key)
-
-    grad_fn = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)
+    decay = ema.ramped(ema_decay) if isinstance(ema_decay, float | int) else ema_decay
+    grad_fn = jax.value_and_grad(_lifted(loss_fn, stateful, compute_dtype), has_aux=True)
 
     def step(
         state: TrainState, batch: Batch, *, axis: str | None = None
     ) -> tuple[TrainState, Metrics]:
-        if (ema_decay is None) != (state.ema is None):
+        if (decay is None) != (state.ema is None):
             raise ValueError("ema_decay and a state created with ema=True need each other.")
+        if state.extra is not None and not stateful:
+            raise ValueError("a state with extra needs make_train_step(..., stateful=True).")
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis))
-        (loss, metrics), grads = _accumulate(grad_fn, state.params, batch, key, accumulate)
+        seen = state._replace(ema=cast_floats(state.ema, compute_dtype))
+        (loss, (metrics, extra)), grads = _accumulate(
+            lambda rows, key: grad_fn(state.params, rows, key, seen), batch, key, accumulate
+        )
+        _require_same_kind(state.extra, extra)
         metrics = {**metrics, "loss": loss}
         if axis is not None:
-            grads, metrics = lax.pmean((grads, metrics), axis)
+            grads, metrics, extra = lax.pmean((grads, metrics, extra), axis)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["param_norm"] = optax.tree.norm(params)
-        ema = None if ema_decay is None else _average(state.ema, params, state.step, ema_decay)
-        return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
+        average = None if decay is None else ema.follow(state.ema, params, decay(state.step))
+        return TrainState(state.step + 1, params, opt_state, state.key, average, extra), metrics
 
     return step
 
@@ -197,8 +220,21 @@ def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
     )
 
 
+def _lifted(loss_fn: Callable[..., Any], stateful: bool, dtype: DTypeLike) -> StatefulLossFn:
+    """Makes a stateful loss of any, which casts the parameters."""
+
+    def lifted(params: PyTree, batch: Batch, key: Array, state: TrainState) -> Any:
+        params = cast_floats(params, dtype)
+        if stateful:
+            return loss_fn(params, batch, key, state)
+        loss, metrics = loss_fn(params, batch, key)
+        return loss, (metrics, None)
+
+    return lifted
+
+
 def _accumulate(
-    grad_fn: Callable[..., Any], params: PyTree, batch: Batch, key: Array, parts: int
+    grad_fn: Callable[[Batch, Array], Any], batch: Batch, key: Array, parts: int
 ) -> Any:
     """Averages values and gradients over the parts of a batch, of which one is in memory at a time.
 
@@ -206,14 +242,14 @@ def _accumulate(
     each then keeps its own rows.
     """
     if parts == 1:
-        return grad_fn(params, batch, key)
+        return grad_fn(batch, key)
     for x in jax.tree.leaves(batch):
         if x.shape[0] % parts:
             raise ValueError(f"accumulate={parts} does not divide a batch of B={x.shape[0]}.")
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(i: Array) -> Any:
-        return grad_fn(params, jax.tree.map(lambda x: x[i], split), jax.random.fold_in(key, i))
+        return grad_fn(jax.tree.map(lambda x: x[i], split), jax.random.fold_in(key, i))
 
     def add(total: Any, i: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(i)), None
@@ -222,9 +258,11 @@ def _accumulate(
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def _average(old: PyTree, new: PyTree, step: Array, decay: float) -> PyTree:
-    share = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: old + share * (new - old), old, new)
+def _require_same_kind(old: PyTree, new: PyTree) -> None:
+    """Refuses an `extra` that would have the next step compiled anew, or a checkpoint refused."""
+    before, after = (jax.tree.map(leaves.kind, tree) for tree in (old, new))
+    if before != after:
+        raise ValueError(f"the loss was given extra={before} and returned extra={after}.")
 
 
 def _settled(state: TrainState, sharding: PyTree) -> TrainState:

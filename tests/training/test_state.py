@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxformer.training import leaves
 from jaxformer.training.state import TrainState
@@ -44,6 +45,17 @@ def test_it_is_a_tree_whose_leaves_have_names_for_a_checkpoint():
     assert {"step", "key", "params.head.kernel", "ema.norm.scale"} <= set(names)
     assert len(names) == len(jax.tree.leaves(made)) == 2 + 2 * 2 + 1 + 2 * 2
     assert jax.tree.structure(made) == jax.tree.structure(jax.eval_shape(lambda: state(ema=True)))
+
+
+def test_what_the_loss_keeps_is_named_in_a_checkpoint_and_nothing_is_where_it_keeps_nothing():
+    kept = state(extra={"centre": jnp.zeros(3)})
+    assert set(leaves.named(kept)) == set(leaves.named(state())) | {"extra.centre"}
+    assert state().extra is None
+
+
+def test_what_cannot_be_averaged_over_parts_is_refused():
+    with pytest.raises(ValueError, match="floating-point arrays only, got int32"):
+        state(extra={"centre": jnp.zeros(3), "calls": jnp.zeros((), jnp.int32)})
 
 
 def test_mapping_over_it_may_give_anything_such_as_shardings():

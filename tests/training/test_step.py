@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformer.training import mesh, optimizers
+from jaxformer.training import checkpoint, ema, mesh, optimizers
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import cast_floats, jit_step, make_train_step, place, pmap_step
 
@@ -221,6 +221,150 @@ def test_the_average_follows_the_parameters_faster_at_first():
         expected = kept * expected + (1 - kept) * np.asarray(state.params["head"]["kernel"])
         np.testing.assert_allclose(state.ema["head"]["kernel"], expected, atol=1e-6)
     assert np.abs(expected - state.params["head"]["kernel"]).max() > 1e-4
+
+
+def test_a_schedule_of_the_average_is_taken_as_it_is():
+    optimizer, schedule = optax.sgd(0.3), ema.cosine(0.5, 1.0, 3)
+    step = jax.jit(make_train_step(loss_fn, optimizer, ema_decay=schedule))
+    state = start(optimizer, ema=True)
+    for kept in (0.5, 0.625, 0.875, 1.0):
+        before = np.asarray(state.ema["head"]["kernel"])
+        state, _ = step(state, batch(0))
+        expected = kept * before + (1 - kept) * np.asarray(state.params["head"]["kernel"])
+        np.testing.assert_allclose(state.ema["head"]["kernel"], expected, atol=1e-6)
+
+
+def learns_from_a_teacher(params, batch, key, state):
+    """Follows the centred outputs of the average, and its centre follows their mean."""
+    taught = loss_fn(params, batch, key)[0]
+    outputs = batch["x"] @ state.ema["embed"]["table"]
+    centre = state.extra["centre"]
+    distance = batch["x"] @ params["embed"]["table"] - (outputs - centre[None])
+    loss = taught + jnp.mean(distance**2) / (1 + state.step)
+    moved = 0.75 * centre + 0.25 * outputs.mean(axis=0)
+    return loss, ({"row": batch["rows"].mean()}, {"centre": moved})
+
+
+def teacher_state():
+    optimizer, extra = OPTIMIZERS["adamw"], {"centre": jnp.zeros(7)}
+    return TrainState.create(params(), optimizer, jax.random.key(3), ema=True, extra=extra)
+
+
+def teacher_step(spread, **options):
+    options = {"stateful": True, "ema_decay": ema.cosine(0.9, 1.0, 5), **options}
+    return spread(make_train_step(learns_from_a_teacher, OPTIMIZERS["adamw"], **options))
+
+
+@functools.cache
+def teacher_run():
+    step, state, losses = teacher_step(jax.jit), teacher_state(), []
+    for i in range(STEPS):
+        state, metrics = step(state, batch(i))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_a_stateful_loss_sees_the_average_the_step_and_what_it_kept():
+    optimizer, expected = OPTIMIZERS["adamw"], teacher_state()
+    grad_fn = jax.jit(jax.value_and_grad(learns_from_a_teacher, has_aux=True))
+    update = jax.jit(optimizer.update)
+    for i in range(STEPS):
+        (loss, (_, extra)), grads = grad_fn(expected.params, batch(i), expected.key, expected)
+        np.testing.assert_allclose(loss, teacher_run()[1][i], rtol=1e-6)
+        updates, moments = update(grads, expected.opt_state, expected.params)
+        new = optax.apply_updates(expected.params, updates)
+        kept = 1 - 0.1 * (1 + np.cos(np.pi * i / 5)) / 2
+        average = optax.incremental_update(new, expected.ema, 1 - kept)
+        expected = TrainState(expected.step + 1, new, moments, expected.key, average, extra)
+    found = teacher_run()[0]
+    chex.assert_trees_all_close(
+        (found.params, found.ema, found.extra),
+        (expected.params, expected.ema, expected.extra),
+        atol=1e-6,
+    )
+    assert jnp.abs(found.extra["centre"]).max() > 1e-3
+
+
+SPREADS = {
+    "jit on eight": (lambda step: jit_step(step, mesh.make("data=8")), {}),
+    "pmap on eight": (pmap_step, {}),
+    "in three parts": (jax.jit, {"accumulate": 3}),
+    "in parts by pmap": (pmap_step, {"accumulate": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_what_the_loss_keeps_is_the_same_however_the_batch_is_spread(name):
+    spread, options = SPREADS[name]
+    step, state = teacher_step(spread, **options), teacher_state()
+    for i in range(STEPS):
+        state, metrics = step(state, batch(i))
+        np.testing.assert_allclose(metrics["loss"], teacher_run()[1][i], rtol=1e-5)
+    kept = teacher_run()[0]
+    chex.assert_trees_all_close(
+        (state.params, state.ema, state.extra), (kept.params, kept.ema, kept.extra), atol=1e-6
+    )
+
+
+def test_a_run_with_a_teacher_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
+    step, state = teacher_step(jax.jit), teacher_state()
+    for i in range(2):
+        state, _ = step(state, batch(i))
+    with checkpoint.Checkpoints(tmp_path, {}) as saved:
+        saved.save(2, state, {}, wait=True)
+        restored = saved.restore(teacher_state())
+    assert restored is not None
+    state = restored.state
+    for i in range(2, STEPS):
+        state, _ = step(state, batch(i))
+    chex.assert_trees_all_equal(state._asdict(), teacher_run()[0]._asdict())
+
+
+def test_the_teacher_is_cast_like_the_parameters_and_what_the_loss_keeps_is_not():
+    seen = []
+
+    def noting(params, batch, key, state):
+        seen.extend({leaf.dtype for leaf in jax.tree.leaves((params, state.ema))})
+        seen.append(state.extra["centre"].dtype)
+        return loss_fn(params, batch, key)[0], ({}, state.extra)
+
+    step = make_train_step(
+        noting, OPTIMIZERS["adamw"], stateful=True, ema_decay=0.9, compute_dtype=jnp.bfloat16
+    )
+    state, _ = jax.eval_shape(step, teacher_state(), batch(0))
+    assert seen == [jnp.bfloat16, jnp.float32]
+    assert {x.dtype for x in jax.tree.leaves((state.ema, state.extra))} == {jnp.dtype("float32")}
+
+
+def test_a_stateful_loss_may_keep_nothing():
+    def looks(params, batch, key, state):
+        return loss_fn(params, batch, key)[0], ({"at": state.step}, state.extra)
+
+    optimizer = OPTIMIZERS["adamw"]
+    state, metrics = jax.jit(make_train_step(looks, optimizer, stateful=True))(
+        start(optimizer), batch(0)
+    )
+    assert state.extra is None
+    assert metrics["at"] == 0
+
+
+@pytest.mark.parametrize(
+    "returned", [None, {"other": jnp.zeros(7)}, {"centre": jnp.zeros(5)}, {"centre": 0.0}]
+)
+def test_a_loss_that_returns_another_kind_of_extra_is_refused(returned):
+    def loss(params, batch, key, state):
+        extra = jax.tree.map(jnp.asarray, returned)
+        return loss_fn(params, batch, key)[0], ({}, extra)
+
+    step = make_train_step(loss, OPTIMIZERS["adamw"], stateful=True, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"given extra=.*float32\[7\].* and returned extra="):
+        jax.eval_shape(step, teacher_state(), batch(0))
+
+
+def test_what_is_kept_needs_a_loss_that_returns_it():
+    step = make_train_step(loss_fn, OPTIMIZERS["adamw"], ema_decay=0.9)
+    with pytest.raises(ValueError, match="stateful=True"):
+        jax.eval_shape(step, teacher_state(), batch(0))
 
 
 def test_computing_in_bfloat16_keeps_the_state_in_float32_and_the_loss_close():
