@@ -67,8 +67,7 @@ def show(folder: pathlib.Path, new: UInt8[np.ndarray, "n 28 28"]) -> None:
     )
     rows = records.read_metrics(folder / "metrics.jsonl")
     pictures.loss_curve(rows, folder / "loss.png")
-    for name, value in json.loads((folder / "report.json").read_text()).items():
-        print(f"{name:33} {value:.4g}" if isinstance(value, float) else f"{name:33} {value}")
+    print(records.table(json.loads((folder / "report.json").read_text())))
     print(f"pictures and report: {folder}")
 
 

@@ -195,8 +195,7 @@ def main(cfg: Config) -> int:
         lines = records.read_metrics(record.folder / "metrics.jsonl")
         curve = {"evaluations": ["validation"], "unit": "nats per hidden token"}
         pictures.loss_curve(lines, record.folder / "loss.png", **curve)
-        for name, value in report.items():
-            print(f"{name:36}{value:.4g}" if isinstance(value, float) else f"{name:36}{value}")
+        print(records.table(report))
     return 0
 
 

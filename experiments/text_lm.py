@@ -184,8 +184,7 @@ def main(cfg: Config) -> int:
         curve = {"evaluations": ["validation"], "unit": "nats per token"}
         pictures.loss_curve(rows, record.folder / "loss.png", **curve)
         print(samples, "\n")
-        for name, value in report.items():
-            print(f"{name:36}{value:.4g}" if isinstance(value, float) else f"{name:36}{value}")
+        print(records.table(report))
     return 0
 
 

@@ -172,8 +172,7 @@ def main(cfg: Config) -> int:
         lines = records.read_metrics(record.folder / "metrics.jsonl")
         pictures.loss_curve(lines, record.folder / "loss.png", unit="nats per token")
         print("\n".join(rows[:8]), "\n")
-        for name, value in report.items():
-            print(f"{name:20}{value:.4g}" if isinstance(value, float) else f"{name:20}{value}")
+        print(records.table(report))
     return 0
 
 

@@ -5,9 +5,11 @@
 
 Needs torch and transformers (`pip install torch transformers`). A folder has `config.json`,
 `model.safetensors` and `io.npz`: the arguments of the model's forward by their names in
-transformers (`input_ids`, `attention_mask`, `token_type_ids`, `decoder_input_ids`) and `logits`.
-Weights are drawn from a seed, and every one of them matters. `tests/interop/test_goldens.py` reads
-whatever folders there are, without torch.
+transformers (`input_ids`, `attention_mask`, `token_type_ids`, `decoder_input_ids`; of images
+`pixel_values`, `noise`, `pixel_values_videos`, `context_mask`, `target_mask`) and `logits`, or of a
+model that has none `last_hidden_state`, and what it predicts as `predicted`. Weights are drawn from
+a seed, and every one of them matters. `tests/interop/test_goldens.py` reads whatever folders there
+are, without torch.
 
 For another family add a line to `GOLDENS`; what its model is given follows from its class.
 """
@@ -47,6 +49,16 @@ DEEPSEEK = LLAMA | {"num_key_value_heads": 2, "moe_intermediate_size": 8, "n_rou
 DEEPSEEK |= {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 DEEPSEEK |= {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 DEEPSEEK |= {"v_head_dim": 4}
+VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_channels": 2}
+VIT |= {"image_size": [6, 4], "patch_size": [3, 1]}
+DINOV2 = VIT | {"mlp_ratio": 2, "image_size": 6, "patch_size": 2}
+MAE = VIT | {"intermediate_size": 12, "image_size": 6, "patch_size": 2}
+MAE |= {"decoder_hidden_size": 12, "decoder_intermediate_size": 10}
+MAE |= {"decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
+JEPA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1.5}
+JEPA |= {"frames_per_clip": 6, "tubelet_size": 2, "crop_size": 4, "patch_size": 2, "in_chans": 1}
+JEPA |= {"pred_hidden_size": 12, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2}
+JEPA |= {"pred_num_mask_tokens": 3, "pred_mlp_ratio": 2}
 GOLDENS: list[tuple[str, str, dict[str, Any]]] = [
     ("bert", "BertForMaskedLM", SIZES),
     ("roberta", "RobertaForMaskedLM", SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
@@ -99,17 +111,34 @@ GOLDENS: list[tuple[str, str, dict[str, Any]]] = [
         | {"sliding_window": 3, "rope_parameters": YARN},
     ),
     ("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK),
+    ("vit", "ViTForImageClassification", VIT | {"intermediate_size": 12, "num_labels": 5}),
+    ("ijepa", "IJepaForImageClassification", VIT | {"intermediate_size": 12, "num_labels": 5}),
+    ("vit_mae", "ViTMAEForPreTraining", MAE),
+    ("dinov2", "Dinov2ForImageClassification", DINOV2 | {"num_labels": 5}),
+    (
+        "dinov2_with_registers",
+        "Dinov2WithRegistersModel",
+        DINOV2 | {"use_swiglu_ffn": True, "num_register_tokens": 3},
+    ),
+    (
+        "dinov3_vit",
+        "DINOv3ViTModel",
+        VIT
+        | {"intermediate_size": 12, "use_gated_mlp": True, "hidden_act": "silu"}
+        | {"num_register_tokens": 3},
+    ),
+    ("vjepa2", "VJEPA2Model", JEPA),
 ]
 
 
 def scramble(model: Any, seed: int = 0) -> None:
-    """Draws all of a model's parameters anew, norms and biases too."""
+    """Draws all of a model's parameters anew, norms and biases too; of a ViTMAE tables too."""
     import torch
 
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            if not x.requires_grad:
+            if not (x.requires_grad or name.endswith(("position_embeddings", "pos_embed"))):
                 continue
             size = 0.5 if x.ndim < 2 else x.shape[-1] ** -0.5
             centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
@@ -123,6 +152,8 @@ def arguments(model: Any, seed: int = 1) -> dict[str, np.ndarray]:
     """What a model is given: two rows, of which an encoder's second is padded at the right."""
     random, config = np.random.default_rng(seed), model.config
     rows, length = 2, 9
+    if not hasattr(config, "vocab_size"):
+        return images(model, random)
     ids = random.integers(4, config.vocab_size, (rows, length))
     if config.is_encoder_decoder or type(model).__name__.endswith("ForMaskedLM"):
         real = np.arange(length)[None] < np.array([[length], [length - 3]])
@@ -136,6 +167,23 @@ def arguments(model: Any, seed: int = 1) -> dict[str, np.ndarray]:
             found["token_type_ids"] = random.integers(0, config.type_vocab_size, (rows, length))
         return found
     return {"input_ids": ids}
+
+
+def images(model: Any, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Two images, or clips, and for some what is hidden of them."""
+    config = model.config
+    if model.main_input_name == "pixel_values_videos":
+        shape = (2, config.frames_per_clip, config.in_chans, config.crop_size, config.crop_size)
+        order = random.permuted(np.tile(np.arange(12), (2, 1)), axis=1)
+        found = {"context_mask": order[:, :5], "target_mask": order[:, 5:10]}
+        return found | {"pixel_values_videos": random.standard_normal(shape).astype(np.float32)}
+    size = config.image_size
+    size = [size, size] if isinstance(size, int) else size
+    shape = (2, config.num_channels, *size)
+    found = {"pixel_values": random.standard_normal(shape).astype(np.float32)}
+    if hasattr(config, "mask_ratio"):
+        found["noise"] = random.random((2, 9), np.float32)
+    return found
 
 
 def make(name: str, architecture: str, settings: dict[str, Any]) -> int:
@@ -154,10 +202,19 @@ def make(name: str, architecture: str, settings: dict[str, Any]) -> int:
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     given = arguments(model)
+    tensors: dict[str, Any] = {key: torch.tensor(x) for key, x in given.items()}
+    for key in {"context_mask", "target_mask"} & {*tensors}:  # several of each could be given
+        tensors[key] = [tensors[key]]
     with torch.no_grad():
-        out = model(**{key: torch.tensor(x) for key, x in given.items()})
-    small = {key: x.astype(np.int16) for key, x in given.items()}
-    np.savez_compressed(folder / "io.npz", **small, logits=out.logits.numpy())
+        out = model(**tensors)
+    kept: dict[str, Any] = {
+        key: x.astype(np.int16) if x.dtype.kind in "bi" else x for key, x in given.items()
+    }
+    name = "logits" if "logits" in out else "last_hidden_state"
+    kept[name] = out[name].numpy()
+    if "predictor_output" in out:
+        kept["predicted"] = out.predictor_output.last_hidden_state.numpy()
+    np.savez_compressed(folder / "io.npz", **kept)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformer.interop.families import Family
+from jaxformer.interop.families import Family, texts
 from jaxformer.interop.llama import ACTIVATIONS, WRITTEN
 from jaxformer.interop.rules import Rule, joined, same, turned
 from jaxformer.interop.settings import Settings
@@ -196,7 +196,7 @@ FAMILIES = {
         _read,
         written_sizes,
         rules,
-        example=((1, 1), (1, 1)),
+        example=texts(2),
         tied=tuple((name, "model.shared.weight") for name in TABLES),
         unused=(r"(model\.)?shared\.weight",),  # of no use where each half has its own
     )

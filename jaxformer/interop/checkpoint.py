@@ -44,7 +44,7 @@ def load(
             and shape; the default device if None.
 
     Returns:
-        The model and its variables, for `model.apply(params, tokens)`.
+        The model and its variables, for `model.apply(params, tokens)`, or images in their place.
 
     Raises:
         FileNotFoundError: If the folder, its config or a file of tensors does not exist.
@@ -137,9 +137,9 @@ def save(
 
 def parameter_shapes(kind: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of a model by path, without making them."""
-    tokens = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kind.example]
-    init = functools.partial(model.init, method=kind.method(model.config))  # pyright: ignore[reportAttributeAccessIssue]
-    made = jax.eval_shape(init, jax.random.key(0), *tokens)
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    init = functools.partial(model.init, method=kind.method(config))
+    made = jax.eval_shape(init, jax.random.key(0), *kind.example(config))
     flat: Any = traverse_util.flatten_dict(made["params"], sep="/")
     return flat
 
@@ -199,7 +199,7 @@ def _speaker(model: nn.Module, model_type: str | None) -> tuple[Family, dict[str
                 continue
             settings = kind.write(config)
             again = Settings(settings)
-            if kind.read(again) == config:
+            if kind.read(again) == kind.told(config):
                 again.finish()
                 return kind, settings
         except (ValueError, KeyError, AttributeError, TypeError, AssertionError):

@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.interop.rules import Rule
@@ -36,7 +38,19 @@ MODULES = {
     "t5": "t5",
     "bart": "bart",
     "marian": "marian",
+    "vit": "vit",
+    "ijepa": "vit",
+    "vit_mae": "vit_mae",
+    "dinov2": "dino",
+    "dinov2_with_registers": "dino",
+    "dinov3_vit": "dino",
+    "vjepa2": "vjepa2",
 }
+
+
+def texts(count: int) -> Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]:
+    """What a model is initialised with that reads so many texts."""
+    return lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Family:
         read: Makes the config of settings.
         write: Makes the settings of a config.
         rules: The parameters of a config.
-        example: Arguments of `model.init`, as shapes and dtypes.
+        example: Makes arguments of `model.init` of a config, as shapes and dtypes.
         prefix: What the names of tensors start with that a checkpoint of the bare model lacks.
         tied: Tensors that a checkpoint may have though they are tied to another one: name of the
             one and of the other.
@@ -59,6 +73,8 @@ class Family:
         renamed: Patterns of names in some checkpoints, and what stands for them in the rules.
         amend: Makes the config of what `read` made and the files, where these say what the settings
             do not; may refuse files.
+        told: What the settings alone tell of a config, the rest of which `amend` finds in the files
+            that are written.
     """
 
     model_type: str
@@ -67,13 +83,14 @@ class Family:
     read: Callable[[Settings], Any]
     write: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]
-    example: tuple[tuple[int, ...], ...] = ((1, 1),)
+    example: Callable[[Any], Sequence[jax.ShapeDtypeStruct]] = texts(1)
     prefix: str = "model."
     tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     method: Callable[[Any], str] = lambda config: "__call__"
     renamed: tuple[tuple[str, str], ...] = ()
     amend: Callable[[Any, Tensors], Any] = lambda config, files: config
+    told: Callable[[Any], Any] = lambda config: config
 
 
 def family(model_type: str, where: str) -> Family:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.interop import bart
-from jaxformer.interop.families import Family
+from jaxformer.interop.families import Family, texts
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import Tensors
 from jaxformer.models.encoder_decoder import EncoderDecoder
@@ -62,7 +62,7 @@ FAMILIES = {
         _read,
         _write,
         bart.rules,
-        example=((1, 1), (1, 1)),
+        example=texts(2),
         tied=(
             *((name, "model.shared.weight") for name in bart.TABLES),
             ("lm_head.weight", "model.decoder.embed_tokens.weight"),

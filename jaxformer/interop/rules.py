@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -73,3 +74,65 @@ def interleaved(ours: str, theirs: str, heads: int) -> Rule:
 def scalar(ours: str, theirs: str) -> Rule:
     """A number that is a vector of one there."""
     return Rule(ours, (theirs,), lambda xs: xs[0].reshape(()), lambda x: (x.reshape(1),))
+
+
+def affine(ours: str, theirs: str) -> list[Rule]:
+    """The weights of a linear map and its bias."""
+    return [turned(f"{ours}/kernel", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def norm(ours: str, theirs: str) -> list[Rule]:
+    """The scale of a norm and its bias."""
+    return [same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def reshaped(ours: str, theirs: str, there: tuple[int, ...], here: tuple[int, ...]) -> Rule:
+    """The same numbers in another shape."""
+
+    def take(xs: Sequence[np.ndarray]) -> np.ndarray:
+        if xs[0].shape != there:
+            raise ValueError(f"{theirs} has shape {xs[0].shape}, expected {there}")
+        return xs[0].reshape(here)
+
+    return Rule(ours, (theirs,), take, lambda x: (x.reshape(there),))
+
+
+def convolution(ours: str, theirs: str, window: tuple[int, ...], channels: int) -> Rule:
+    """The weights of a convolution, outputs by channels by window there, window first here.
+
+    Here they are a matrix: all numbers in a window, the channels of a place together, by outputs.
+    """
+    axes = len(window)
+
+    def take(xs: Sequence[np.ndarray]) -> np.ndarray:
+        if xs[0].shape[1:] != (channels, *window):
+            raise ValueError(
+                f"{theirs} has windows of {xs[0].shape[1:]}, expected {(channels, *window)}"
+            )
+        return xs[0].transpose(*range(2, axes + 2), 1, 0).reshape(-1, xs[0].shape[0])
+
+    def give(x: np.ndarray) -> Sequence[np.ndarray]:
+        return (x.reshape(*window, channels, -1).transpose(axes + 1, axes, *range(axes)),)
+
+    return Rule(ours, (theirs,), take, give)
+
+
+def beside(rule: Rule, theirs: str, constant: np.ndarray) -> Rule:
+    """A rule and a tensor that is no parameter here, and must be `constant`."""
+
+    def take(xs: Sequence[np.ndarray]) -> np.ndarray:
+        if not alike(xs[-1], constant):
+            raise ValueError(f"{theirs} is not the {constant.shape} numbers that it should be")
+        return rule.take(xs[:-1])
+
+    def give(x: np.ndarray) -> Sequence[np.ndarray]:
+        return (*rule.give(x), constant.astype(x.dtype))
+
+    return Rule(rule.ours, (*rule.theirs, theirs), take, give)
+
+
+def alike(x: np.ndarray, constant: np.ndarray) -> bool:
+    """Whether these are the numbers, up to 1e-5 or to what the dtype of `x` cannot tell from 1."""
+    allowed = max(1e-5, float(jnp.finfo(x.dtype).eps))
+    x = x.astype(np.float32)
+    return x.shape == constant.shape and np.allclose(x, constant, rtol=0, atol=allowed)

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxformer.ops.rope import Rope, yarn_gain
+from jaxformer.ops.rope import GridRope, Rope, yarn_gain
 
 _REQUIRED = object()
 # What says nothing of the numbers that a model computes for given weights and tokens.
@@ -230,8 +230,14 @@ def _yarn_gain(inner: Settings, factor: float) -> float | None:
     return None
 
 
-def write_rope(rope: Rope, max_length: int) -> dict[str, Any]:
-    """The rotary positions as transformers 5 writes them."""
+def write_rope(rope: Rope | GridRope, max_length: int) -> dict[str, Any]:
+    """The rotary positions as transformers 5 writes them.
+
+    Raises:
+        ValueError: If they are of a grid.
+    """
+    if isinstance(rope, GridRope):
+        raise ValueError(f"positions of texts have no coordinates: {rope}.")
     names = {"plain": "default"}
     given: dict[str, Any] = {
         "rope_type": names.get(rope.kind, rope.kind),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.interop.bart import pass_over
-from jaxformer.interop.families import Family
+from jaxformer.interop.families import Family, texts
 from jaxformer.interop.llama import ACTIVATIONS
 from jaxformer.interop.rules import Rule, joined, same, turned
 from jaxformer.interop.settings import Settings
@@ -136,7 +136,7 @@ FAMILIES = {
         _read,
         _write,
         _rules,
-        example=((1, 1), (1, 1)),
+        example=texts(2),
         prefix="",
         tied=tuple((name, "shared.weight") for name in _TABLES),
         unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxformer.layers.embed import GridPositions
 from jaxformer.layers.linear import Dense
 from jaxformer.models.transformer import Means, TransformerConfig, stack
-from jaxformer.ops import attention, linear, patches
+from jaxformer.ops import attention, linear, patch_masks, patches
 from jaxformer.ops.attention import Mask
 from jaxformer.ops.rope import GridRope
 from jaxformer.typing import Array, Bool, Float, Int
@@ -219,7 +219,8 @@ class ViT(nn.Module):
         Args:
             images: Of the config's size, or of another that patches divide.
             mask: Who may look, of all T tokens; all at all if None.
-            keep: Numbers of the patches that are seen at all, row by row; all in order if None.
+            keep: Numbers of the patches that are seen at all, row by row; all in order if None. P or
+                more is no patch but padding, which `mask` should keep from being read.
             hidden: Patches in whose stead the mask token is seen.
             train: Drops; needs an rng named "dropout" if there is anything to drop.
 
@@ -282,7 +283,7 @@ class ViT(nn.Module):
         if keep is not None:
             cut, coordinates = _rows(cut, keep), _rows(coordinates, keep)
             places = None if places is None else _rows(places, keep)
-            hidden = None if hidden is None else jnp.take_along_axis(hidden, keep, axis=1)
+            hidden = None if hidden is None else _rows(hidden, keep)
         x = self.embed(cut)
         if hidden is not None:
             x = jnp.where(hidden[..., None], self.mask_token.astype(x.dtype)[None, None], x)
@@ -309,5 +310,5 @@ class ViT(nn.Module):
 def _rows(x: Array, keep: Array) -> Array:
     """Takes rows of `x`, which may be the same for the whole batch."""
     if x.shape[0] == 1:
-        return x[0][keep]
-    return jnp.take_along_axis(x, keep[..., None], axis=1)
+        return x[0].at[keep].get(mode="fill", fill_value=0)
+    return patch_masks.gather_patches(x, keep)

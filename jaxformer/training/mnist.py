@@ -9,17 +9,14 @@ References:
 
 import dataclasses
 import gzip
-import importlib
-import io
 import math
 import pathlib
-import re
 import zlib
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+
+from jaxformer.training import tfds
+from jaxformer.typing import Int, Shaped, UInt8
 
 _EMBEDDED = pathlib.Path(__file__).with_name("mnist_10k2k.npz")
 _CLASSES, _SIDE = 10, 28
@@ -88,22 +85,33 @@ def dynamic(
     return (rng.integers(255, size=images.shape, dtype=np.uint8) < images).astype(np.uint8)
 
 
+def check_labels(
+    labels: Shaped[np.ndarray, " n"], file: str, images: int, images_file: str, classes: int
+) -> None:
+    """Refuses labels that are not one for each image, or not in [0, classes).
+
+    Raises:
+        ValueError: Naming the file, and the first label that is wrong.
+    """
+    if len(labels) != images:
+        raise ValueError(
+            f"{file}: expected {images} labels, one for each image of {images_file}, "
+            f"found {len(labels)}."
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise ValueError(
+            f"{file}: expected labels from 0 to {classes - 1}, found "
+            f"{labels[wrong[0]]} at row {wrong[0]} ({wrong.size} such labels)."
+        )
+
+
 def _check(images: tuple[np.ndarray, str], labels: tuple[np.ndarray, str]) -> None:
     (pixels, pixels_file), (classes, classes_file) = images, labels
     if pixels.shape[1:] != (_SIDE, _SIDE) or not len(pixels):
         found = "x".join(map(str, pixels.shape))
         raise ValueError(f"{pixels_file}: expected images of {_SIDE}x{_SIDE}, found {found}.")
-    if len(pixels) != len(classes):
-        raise ValueError(
-            f"{classes_file}: expected {len(pixels)} labels, one for each image of {pixels_file}, "
-            f"found {len(classes)}."
-        )
-    wrong = np.flatnonzero((classes < 0) | (classes >= _CLASSES))
-    if wrong.size:
-        raise ValueError(
-            f"{classes_file}: expected labels from 0 to {_CLASSES - 1}, found "
-            f"{classes[wrong[0]]} at row {wrong[0]} ({wrong.size} such labels)."
-        )
+    check_labels(classes, classes_file, len(pixels), pixels_file, _CLASSES)
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, tuple[np.ndarray, str]]:
@@ -150,47 +158,10 @@ def _read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
 
 
 def _read_tfds(folder: pathlib.Path) -> dict[str, tuple[np.ndarray, str]]:
-    prepared = _prepared(folder)
-    try:
-        tfds = importlib.import_module("tensorflow_datasets")
-        importlib.import_module("importlib_resources")  # it needs both, and declares neither
-        image = importlib.import_module("PIL.Image")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"tfds:{folder} needs the package {error.name}: pip install 'jaxformer[data]'"
-        ) from error
-    parts = {}
-    for split in ("train", "test"):
-        name = f"{prepared} (split {split!r})"
-        try:
-            source = tfds.builder_from_directory(prepared).as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            images, labels = _decode(source, lambda png: np.asarray(image.open(io.BytesIO(png))))
-        except Exception as error:
-            raise ValueError(
-                f"{name}: expected MNIST in array_record files, found: {error}"
-            ) from error
-        parts[f"{split}_images"], parts[f"{split}_labels"] = (images, name), (labels, name)
-    return parts
-
-
-def _decode(source: Any, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
-    for start in range(0, len(source), 1000):
-        records = source.__getitems__(range(start, min(start + 1000, len(source))))
-        images += [decode(record["image"]) for record in records]
-        labels += [record["label"] for record in records]
-    return np.stack(images), np.array(labels)
-
-
-def _prepared(folder: pathlib.Path) -> pathlib.Path:
-    """The newest version of MNIST at a folder or below it."""
-    for below in ("", "*/", "mnist/*/"):
-        found = [path.parent for path in folder.glob(f"{below}dataset_info.json")]
-        if found:
-            return max(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-    raise FileNotFoundError(
-        f"{folder}: expected a set prepared by tensorflow-datasets, such as "
-        "mnist/3.0.1/dataset_info.json, found none."
-    )
+    train, test, _ = tfds.read(tfds.newest(folder, "mnist"), "MNIST")
+    return {
+        "train_images": (train.images, train.name),
+        "train_labels": (train.labels, train.name),
+        "test_images": (test.images, test.name),
+        "test_labels": (test.labels, test.name),
+    }

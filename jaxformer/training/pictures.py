@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and grids of digits. No window and no global state is used."""
+"""Pictures of a run: loss curve, bars, grids of images. No window and no global state is used."""
 
 import math
 import os
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxformer.typing import Shaped
+from jaxformer.typing import Bool, Float, Shaped, UInt8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SMOOTHING = 0.05  # of the curve's length
+_DPI = 128  # a power of two, so that whole dots stay whole in inches
 
 
 def loss_curve(
@@ -66,7 +67,46 @@ def loss_curve(
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(os.fspath(path), dpi=130)
+    figure.savefig(os.fspath(path))
+
+
+def bars(
+    values: Shaped[np.ndarray, " n"],
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] = (),
+    unit: str = "",
+    title: str = "",
+) -> None:
+    """Draws numbers as bars in a PNG, in their order: how often each entry of a codebook is used.
+
+    Args:
+        values: Heights of the bars; from 60 bars on they touch.
+        path: The picture.
+        labels: One text a bar, written below it; without them bars are numbered from 0.
+        unit: Of the values.
+        title: One line above.
+
+    Raises:
+        ValueError: If there are labels, but not one for each bar.
+    """
+    if labels and len(labels) != len(values):
+        raise ValueError(f"{len(labels)} labels for {len(values)} bars.")
+    figure = _figure(7.0, 3.2)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(values)), values, width=1.0 if len(values) >= 60 else 0.8)
+    axes.margins(x=0.01)
+    if labels:
+        axes.set_xticks(np.arange(len(values)), labels=list(labels))
+        axes.tick_params(axis="x", length=0, rotation=90 if len("".join(labels)) > 70 else 0)
+    axes.set_ylabel(unit)
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(os.fspath(path))
 
 
 def digit_grid(
@@ -76,7 +116,7 @@ def digit_grid(
     row_labels: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """Draws images as a grid in a PNG, ink dark on white paper, one row of the array a row.
+    """Draws images as `image_grid` does, but ink dark on white paper.
 
     Args:
         images: No ink is 0; the most ink is 1 for booleans and floats, 255 for uint8 unless no
@@ -86,43 +126,155 @@ def digit_grid(
         title: One line above.
 
     Raises:
-        ValueError: If there are labels, but not one for each row.
+        ValueError: If there is no image, or labels are not one for each row.
     """
-    rows, columns, height, width = images.shape
-    if row_labels and len(row_labels) != rows:
-        raise ValueError(f"{len(row_labels)} labels for {rows} rows of images.")
-    full = 255 if images.dtype == np.uint8 and images.max(initial=0) > 1 else 1
-    gap = max(2, height // 9)
-    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap))
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * (height + gap), column * (width + gap)
-            sheet[top : top + height, left : left + width] = images[row, column] / full
+    image_grid(1 - _unit(images), path, row_labels=row_labels, title=title)
 
-    scale = 0.016  # inches a pixel: three dots of the picture for each pixel of a digit
-    margins = {"left": 0.35 if row_labels else 0.1, "top": 0.4 if title else 0.1, "edge": 0.1}
-    inner = (sheet.shape[1] * scale, sheet.shape[0] * scale)
-    outer = (inner[0] + margins["left"] + margins["edge"], inner[1] + margins["top"] + 0.1)
-    figure = _figure(*outer)
-    box = (margins["left"] / outer[0], 0.1 / outer[1], inner[0] / outer[0], inner[1] / outer[1])
-    axes = figure.add_axes(box)
-    axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    centres = np.arange(len(row_labels)) * (height + gap) + (height - 1) / 2
-    axes.set_yticks(centres, labels=list(row_labels))
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.1 / outer[1], va="top")
-    figure.savefig(os.fspath(path), dpi=3 / scale)
+
+def image_grid(
+    images: Shaped[np.ndarray, "rows columns height width *C"],
+    path: str | os.PathLike[str],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Draws images as a grid in a PNG, in their own colours, one row of the array a row.
+
+    Small images are enlarged by a whole factor, every pixel a square of one colour. Columns move
+    apart where their labels need the room.
+
+    Args:
+        images: Grey (no C, or C=1) or RGB (C=3). 0 is black; full light is 1 for booleans and
+            floats, which are cut to [0, 1], and 255 for uint8 unless no value is above 1.
+        path: The picture.
+        row_labels: One text a row, written to its left, or none.
+        column_labels: One text a column, written above it, or none.
+        title: One line above all.
+
+    Raises:
+        ValueError: If there is no image, C is neither 1 nor 3, or labels are not one for each row
+            or column.
+    """
+    rows, columns, *size = images.shape
+    if not images.size or size[2:] not in ([], [1], [3]):
+        raise ValueError(f"A grid needs images, with C=1 or C=3 if any; got {images.shape}.")
+    for labels, count, name in ((row_labels, rows, "rows"), (column_labels, columns, "columns")):
+        if labels and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} {name} of images.")
+    zoom = max(1, round(84 / max(size[:2])))
+    height, width = zoom * size[0], zoom * size[1]
+    down = height + max(6, height // 9)
+    across = max(width + down - height, 8 + math.ceil(max(map(_length, column_labels), default=0)))
+    sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
+    light = np.round(255 * _unit(images)).astype(np.uint8).reshape(rows, columns, *size[:2], -1)
+    for row, column in np.ndindex(rows, columns):
+        image = light[row, column].repeat(zoom, axis=0).repeat(zoom, axis=1)
+        sheet[row * down :, column * across :][:height, :width] = image
+    sheet = sheet[: rows * down - (down - height), : columns * across - (across - width)]
+    texts = [(-8.0, row * down + height / 2, text, "right") for row, text in enumerate(row_labels)]
+    for column, text in enumerate(column_labels):
+        texts.append((column * across + width / 2, -14.0, text, "center"))
+    texts.append((sheet.shape[1] / 2, -38.0 if column_labels else -14.0, title, "center"))
+    _write(sheet, texts, path)
+
+
+def heat(
+    images: Shaped[np.ndarray, "*B height width C"],
+    maps: Float[np.ndarray, "*B P"],
+    patch: tuple[int, int],
+) -> Float[np.ndarray, "*B height width 3"]:
+    """Lays weights over the patches of images: grey where the weight is least, red where greatest.
+
+    Args:
+        images: As `image_grid` takes them.
+        maps: A weight for each of the P patches, rows of patches first, such as the attention of
+            the class token; stretched image by image from its least to its greatest, and not at
+            all if all are equal.
+        patch: Height and width of a patch in pixels.
+
+    Returns:
+        RGB in [0, 1].
+
+    Raises:
+        ValueError: If P patches do not cover the image.
+    """
+    least = maps.min(-1, keepdims=True)
+    reach = maps.max(-1, keepdims=True) - least
+    weight = _spread((maps - least) / np.where(reach > 0, reach, 1), images.shape, patch)
+    grey = _unit(images).mean(-1, keepdims=True)
+    return grey + 0.85 * weight * (np.array([1.0, 0.15, 0.0]) - grey)
+
+
+def hide(
+    images: Shaped[np.ndarray, "*B height width C"],
+    hidden: Bool[np.ndarray, "*B P"],
+    patch: tuple[int, int],
+) -> Shaped[np.ndarray, "*B height width C"]:
+    """Paints hidden patches half grey, and leaves the others and the dtype as they are.
+
+    Args:
+        images: uint8, or floats in [0, 1].
+        hidden: Which of the P patches, rows of patches first, are not to be seen.
+        patch: Height and width of a patch in pixels.
+
+    Raises:
+        ValueError: If P patches do not cover the image.
+    """
+    half = 128 if images.dtype == np.uint8 else 0.5
+    return np.where(_spread(hidden, images.shape, patch), half, images).astype(images.dtype)
+
+
+def _spread(patches: np.ndarray, shape: tuple[int, ...], patch: tuple[int, int]) -> np.ndarray:
+    """Gives each pixel, with C=1, the number of its patch."""
+    (height, width), (ph, pw) = shape[-3:-1], patch
+    count = patches.shape[-1]
+    if height % ph or width % pw or count != (height // ph) * (width // pw):
+        raise ValueError(f"P={count} patches of {ph}×{pw} do not cover an image {height}×{width}.")
+    grid = patches.reshape(*patches.shape[:-1], height // ph, width // pw, 1)
+    return grid.repeat(ph, axis=-3).repeat(pw, axis=-2)
+
+
+def _unit(images: np.ndarray) -> np.ndarray:
+    """Brings images to floats in [0, 1], whatever their dtype."""
+    full = 255 if images.dtype == np.uint8 and images.max(initial=0) > 1 else 1
+    return np.clip(np.nan_to_num(images.astype(np.float64) / full), 0, 1)
+
+
+def _write(
+    sheet: UInt8[np.ndarray, "height width 3"],
+    texts: Sequence[tuple[float, float, str, str]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes a sheet dot for dot, and texts at places in dots right of and below its corner."""
+    height, width, _ = sheet.shape
+    left, right, top, bottom = 0.0, width, 0.0, height
+    for x, y, text, side in texts:
+        if text:
+            start = x - {"right": 1, "center": 0.5}[side] * _length(text)
+            left, right = min(left, start), max(right, start + _length(text))
+            top, bottom = min(top, y - 12), max(bottom, y + 12)
+    left, right, top, bottom = (
+        round(edge) for edge in (left - 12, right + 12, top - 12, bottom + 12)
+    )
+    across, down = right - left, bottom - top
+    figure = _figure(across / _DPI, down / _DPI)
+    figure.figimage(sheet, -left, bottom - height, origin="upper")
+    for x, y, text, side in texts:
+        place = (x - left) / across, (bottom - y) / down
+        figure.text(*place, text, ha=side, va="center", size=10)
+    figure.savefig(os.fspath(path))
+
+
+def _length(text: str) -> float:
+    """The length in dots of a text of ten points."""
+    return _figure(1.0, 1.0).text(0, 0, text, size=10).get_window_extent().width
 
 
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
 

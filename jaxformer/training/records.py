@@ -48,6 +48,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     _replace(pathlib.Path(path), text.encode())
 
 
+def table(figures: Mapping[str, Any]) -> str:
+    """Writes a name and its value a line, in two columns; of floats four digits."""
+    width = max(map(len, figures), default=0) + 3
+    return "\n".join(
+        f"{name:{width}}{value:.4g}" if isinstance(value, float) else f"{name:{width}}{value}"
+        for name, value in figures.items()
+    )
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the rows of a `metrics.jsonl`; a last line cut short by a kill is left out.
 

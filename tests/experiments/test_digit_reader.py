@@ -57,18 +57,3 @@ def test_distorted_digits_keep_their_ink_and_differ_from_draw_to_draw():
     assert float(jnp.abs(jnp.log(ink)).max()) < 0.3  # twice a stretch of 12 %, and the margin
     assert first.min() >= 0
     assert first.max() <= 1 + 1e-6
-
-
-def test_a_pure_shift_moves_the_picture():
-    zero = jnp.zeros((7, 1, 1))
-    moved = digit_reader._resample(IMAGES, zero, zero, zero + 2.0)
-    np.testing.assert_allclose(moved[..., :-2], IMAGES[..., 2:], atol=1e-6)
-    np.testing.assert_allclose(moved[..., -2:], 0)
-
-
-def test_slanting_a_vertical_line_makes_a_slope():
-    line = jnp.zeros((1, 28, 28)).at[..., 13:15].set(1.0)
-    quarter = jnp.full((1, 1, 1), 0.25)
-    slope = digit_reader._resample(line, quarter, 0 * quarter, 0 * quarter)[0]
-    centre = (slope * jnp.arange(28)[None]).sum(-1) / slope.sum(-1)
-    np.testing.assert_allclose(jnp.diff(centre), -0.25, atol=0.01)

@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,10 @@ import tyro
 
 from experiments import columns, masked_lm, sequences
 from jaxformer.models.esm import ESM, ESMConfig
-from jaxformer.training import checkpoint, mesh, run
+from jaxformer.training import checkpoint, mesh
 
 _SMALL = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "num_layers": 1, "width": 8}
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
-
-
-@pytest.fixture(autouse=True)
-def untouched(monkeypatch):
-    """Leaves this process's cache and memory as they are."""
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
 
 
 def config(folder, kind, *names, **changes):
@@ -63,10 +55,7 @@ def files(tmp_path_factory):
 def whole(files, tmp_path_factory):
     """The folder of an unbroken run."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "enable_compile_cache", lambda: None)
-        patch.setattr(mesh, "keep_host_memory", lambda: None)
-        assert masked_lm.main(config(folder, "text", str(files / "poem.txt"))) == 0
+    assert masked_lm.main(config(folder, "text", str(files / "poem.txt"))) == 0
     return folder
 
 
@@ -82,24 +71,9 @@ def test_a_text_leaves_report_and_curve(whole, files):
     assert read[-1][1] == pytest.approx(report["validation_nats"], rel=1e-6)
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(whole, files, tmp_path, monkeypatch, capsys):
-    make = masked_lm.jit_step
-
-    def interrupted(pure, devices):
-        step = make(pure, devices)
-
-        def once(state, batch):
-            if int(state.step) == 2:
-                signal.raise_signal(signal.SIGTERM)
-            return step(state, batch)
-
-        return once
-
+def test_a_stopped_run_goes_on_to_the_same_numbers(whole, files, tmp_path, stopped):
     cfg = config(tmp_path, "text", str(files / "poem.txt"))
-    monkeypatch.setattr(masked_lm, "jit_step", interrupted)
-    assert masked_lm.main(cfg) == 0
-    assert "Stopped after step 3: saved" in capsys.readouterr().out
-    monkeypatch.setattr(masked_lm, "jit_step", make)
+    stopped(masked_lm, cfg, 3)
     assert masked_lm.main(cfg) == 0
     for name in ("metrics.jsonl", "report.json"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()

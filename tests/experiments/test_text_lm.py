@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -14,13 +13,6 @@ from jaxformer.models.transformer import TransformerConfig
 from jaxformer.training import checkpoint, mesh, run
 
 MODEL = TransformerConfig(1, 8, 1, 2, 2, 4, 8)
-
-
-@pytest.fixture(autouse=True)
-def untouched(monkeypatch):
-    """Leaves this process's cache and memory as they are."""
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +36,7 @@ def rows(folder):
 def whole(poem, tmp_path_factory):
     """The folder of an unbroken run."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "enable_compile_cache", lambda: None)
-        patch.setattr(mesh, "keep_host_memory", lambda: None)
-        assert text_lm.main(config(folder, poem)) == 0
+    assert text_lm.main(config(folder, poem)) == 0
     return folder
 
 
@@ -68,27 +57,11 @@ def test_a_run_leaves_report_curve_and_samples(whole, poem):
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers_and_then_trains_no_more(
-    whole, poem, tmp_path, monkeypatch, capsys
+    whole, poem, tmp_path, monkeypatch, stopped
 ):
-    make = text_lm.jit_step
-
-    def interrupted(pure, devices):
-        step = make(pure, devices)
-
-        def once(state, batch):
-            if int(state.step) == 2:
-                signal.raise_signal(signal.SIGTERM)
-            return step(state, batch)
-
-        return once
-
     cfg = config(tmp_path, poem)
-    monkeypatch.setattr(text_lm, "jit_step", interrupted)
-    assert text_lm.main(cfg) == 0
-    assert "Stopped after step 3: saved" in capsys.readouterr().out
+    stopped(text_lm, cfg, 3)
     assert not (tmp_path / "report.json").exists()
-
-    monkeypatch.setattr(text_lm, "jit_step", make)
     assert text_lm.main(cfg) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 

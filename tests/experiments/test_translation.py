@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import re
-import signal
 import sys
 
 import jax
@@ -17,16 +16,9 @@ from experiments import pairs, translation
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import attention
-from jaxformer.training import checkpoint, mesh, run
+from jaxformer.training import checkpoint
 
 MODEL = TransformerConfig(1, 8, 1, 2, 2, 4, 8, positions="learned", max_length=1)
-
-
-@pytest.fixture(autouse=True)
-def untouched(monkeypatch):
-    """Leaves this process's cache and memory as they are."""
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
 
 
 def config(folder, name, **changes):
@@ -78,25 +70,10 @@ def test_a_run_leaves_report_pictures_and_samples(numbers, bleu, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(numbers, bleu, tmp_path, monkeypatch, capsys):
-    make = translation.jit_step
-
-    def interrupted(pure, devices):
-        step = make(pure, devices)
-
-        def once(state, batch):
-            if int(state.step) == 2:
-                signal.raise_signal(signal.SIGTERM)
-            return step(state, batch)
-
-        return once
-
+def test_a_stopped_run_goes_on_to_the_same_numbers(numbers, bleu, tmp_path, stopped):
     assert translation.main(config(tmp_path / "whole", numbers)) == 0
     cfg = config(tmp_path / "run", numbers)
-    monkeypatch.setattr(translation, "jit_step", interrupted)
-    assert translation.main(cfg) == 0
-    assert "Stopped after step 3: saved" in capsys.readouterr().out
-    monkeypatch.setattr(translation, "jit_step", make)
+    stopped(translation, cfg, 3)
     assert translation.main(cfg) == 0
     for name in ("metrics.jsonl", "samples.tsv"):
         one, other = (tmp_path / folder / name for folder in ("whole", "run"))

@@ -57,13 +57,18 @@ def loaded(tmp_path_factory, original):
 
 
 @pytest.fixture(scope="session")
-def rules_of():
+def kind_of():
+    """The architecture of a checkpoint's folder."""
+    return lambda folder: families.family(Settings.read(folder).take("model_type"), "")
+
+
+@pytest.fixture(scope="session")
+def rules_of(kind_of):
     """The rules of a checkpoint's folder."""
 
     def rules(folder):
-        settings = Settings.read(folder)
-        kind = families.family(settings.take("model_type"), "")
-        return kind.rules(kind.amend(kind.read(settings), tensors.Tensors(folder)))
+        kind, settings = kind_of(folder), Settings.read(folder)
+        return list(kind.rules(kind.amend(kind.read(settings), tensors.Tensors(folder))))
 
     return rules
 
@@ -82,7 +87,7 @@ def close():
 
 
 @pytest.fixture(scope="session")
-def gradients(rules_of, tmp_path_factory):
+def gradients(kind_of, rules_of, tmp_path_factory):
     """The gradients of a model of transformers, in our layout."""
 
     def found(model, folder):
@@ -91,13 +96,13 @@ def gradients(rules_of, tmp_path_factory):
         other = copy.deepcopy(model)
         with torch.no_grad():
             for x, y in zip(other.parameters(), model.parameters(), strict=True):
-                x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
+                if y.requires_grad:
+                    x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
             for x, y in zip(other.buffers(), model.buffers(), strict=True):
                 x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
         other.save_pretrained(again := tmp_path_factory.mktemp("gradients"))
         files = tensors.Tensors(again)
-        return {
-            rule.ours: rule.take(list(map(files.read, rule.theirs))) for rule in rules_of(folder)
-        }
+        rules = checkpoint.match(kind_of(folder), rules_of(folder), files)
+        return {rule.ours: rule.take(list(map(files.read, rule.theirs))) for rule in rules}
 
     return found

@@ -147,7 +147,7 @@ def test_a_hidden_patch_is_the_mask_token_wherever_it_was_kept_from(draw):
 
 
 def test_padding_that_may_not_be_seen_changes_nothing(draw):
-    model, keep = ViT(bare(registers=1)), jnp.asarray([[7, 2, 3, 0], [0, 9, 4, 0]])
+    model, keep = ViT(bare(registers=1)), jnp.asarray([[7, 2, 3, 10], [0, 9, 4, 99]])
     variables = draw(model, IMAGES)
     apply = jax.jit(model.apply)
     short = apply(variables, IMAGES, keep=keep[:, :3])

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from jaxformer.training import mnist
+from jaxformer.training import mnist, tfds
 
 NAMES = {
     "train_images": "train-images-idx3-ubyte",
@@ -120,7 +120,7 @@ def test_the_newest_version_is_taken(tmp_path):
         (tmp_path / "mnist" / version).mkdir(parents=True)
         (tmp_path / "mnist" / version / "dataset_info.json").write_text("{}")
     for place in (tmp_path, tmp_path / "mnist"):
-        assert mnist._prepared(place).name == "3.0.10"
+        assert tfds.newest(place, "mnist").name == "3.0.10"
 
 
 def replaced(folder, part, content):

@@ -305,3 +305,13 @@ def test_importing_costs_nothing_beyond_jax():
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert printed.stdout == b"[]\n"
+
+
+def test_a_table_has_names_and_values_in_two_columns():
+    figures = {"data": "embedded", "nats per digit": 65.123456, "steps": 4000}
+    assert records.table(figures).splitlines() == [
+        "data             embedded",
+        "nats per digit   65.12",
+        "steps            4000",
+    ]
+    assert records.table({}) == ""

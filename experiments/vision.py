@@ -1,0 +1,129 @@
+"""What the experiments with images share: pixels as models read them, and many of them in turn."""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxformer.analysis import representation
+from jaxformer.models.encoder import attention_maps
+from jaxformer.models.vit import ViT, ViTConfig
+from jaxformer.ops import linear
+from jaxformer.training import images, pictures
+from jaxformer.typing import Array, Float, PyTree, Shaped, UInt8
+
+
+def light(pixels: UInt8[Array, "*B height width C"]) -> Float[Array, "*B height width C"]:
+    """Turns bytes into numbers from 0 (black) to 1 (white)."""
+    return pixels.astype(jnp.float32) / 255
+
+
+def centred(x: Float[Array, "*B height width C"]) -> Float[Array, "*B height width C"]:
+    """Turns light from 0 to 1 into what models read: numbers from -1 to 1."""
+    return 2 * x - 1
+
+
+def reader(
+    apply: Callable[[PyTree, Array], PyTree], batch: int = 500
+) -> Callable[[PyTree, UInt8[np.ndarray, "images height width C"]], PyTree]:
+    """Makes a function of many images, which are read a batch at a time, of one that is jitted.
+
+    Args:
+        apply: Takes parameters and a batch of images, centred, to arrays of a row an image.
+        batch: Images at a time.
+    """
+    once = jax.jit(lambda params, pixels: apply(params, centred(light(pixels))))
+
+    def read(params: PyTree, pixels: Shaped[np.ndarray, "images height width C"]) -> Any:
+        found = []
+        for at in range(0, len(pixels), batch):
+            part = pixels[at : at + batch]
+            whole = np.pad(part, ((0, min(batch, len(pixels)) - len(part)), *[(0, 0)] * 3))
+            found.append(once(params, jnp.asarray(whole)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *found)
+
+    return read
+
+
+def settled(config: ViTConfig, seen: images.Images) -> ViTConfig:
+    """Gives a config the size and the channels of images.
+
+    Raises:
+        ValueError: If its patches do not divide them.
+    """
+    height, width, channels = seen.train_images.shape[1:]
+    return dataclasses.replace(config, size=(height, width), channels=channels)
+
+
+def create(model: nn.Module, config: ViTConfig, seed: int) -> PyTree:
+    """Draws the parameters of a model of images, of patches to see, and of patches to predict."""
+    start, patch = jnp.zeros((1, *config.size, config.channels)), jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(seed), start, patch, patch)
+
+
+def meaning(cfg: Any, seen: images.Images) -> dict[str, Any]:
+    """The settings of a run, and a number for the images, that a checkpoint depends on.
+
+    Args:
+        cfg: A dataclass; where a run lies and how often it speaks change nothing.
+        seen: The images, wherever they lie.
+    """
+    how = ("run", "data", "mesh", "save_every", "log_every")
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in how}
+    return settings | {"images": zlib.crc32(seen.train_images.tobytes())}
+
+
+def pooled(
+    config: ViTConfig,
+) -> Callable[[PyTree, UInt8[np.ndarray, "images height width C"]], Any]:
+    """Makes a `reader` of a vector of each image, by parameters whose `encoder` is a `ViT`."""
+    model = ViT(config, project=linear.project_input_first)
+
+    def apply(params: PyTree, x: Array) -> Any:
+        return model.apply({"params": params["params"]["encoder"]}, x, method="pooled")
+
+    return reader(apply)
+
+
+def judge(
+    seen: images.Images, bank: Float[np.ndarray, "train D"], queries: Float[np.ndarray, "test D"]
+) -> dict[str, float]:
+    """Measures in % how well classes are read from features of images, if these have any.
+
+    Args:
+        seen: The images.
+        bank: Features of the training images, to fit a linear probe to and to find neighbours in.
+        queries: Features of the test images.
+    """
+    if not seen.label_names:
+        return {}
+    sides = (bank, seen.train_labels, queries, seen.test_labels)
+    near = min(20, len(bank))
+    return {
+        "linear probe %": 100 * representation.linear_probe(*sides),
+        f"{near} neighbours %": 100 * representation.knn_accuracy(*sides, k=near),
+    }
+
+
+def draw_attention(
+    model: nn.Module,
+    params: PyTree,
+    pixels: UInt8[np.ndarray, "images height width C"],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws where the class token of a `ViT` looks in each image, a row for each of its layers."""
+    config: ViTConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    maps = attention_maps(model, params, centred(light(jnp.asarray(pixels))))
+    looks = np.asarray(maps[:, :, :, 0, config.prefix :].mean(axis=2)).swapaxes(0, 1)
+    patch = (config.patch[0], config.patch[1])
+    layers = [pictures.heat(pixels, look, patch) for look in looks]
+    plain = np.broadcast_to(pixels / 255, layers[0].shape)
+    names = ["image", *(f"layer {n + 1}" for n in range(len(layers)))]
+    title = "What the class token reads, mean of the heads"
+    pictures.image_grid(np.stack([plain, *layers]), path, names, (), title)
