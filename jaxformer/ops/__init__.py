@@ -3,7 +3,12 @@
 Import the subject, then call it: `from jaxformer.ops import rotary; rotary.rotate(q, positions)`.
 
 Mixing      `attention` (`attend`, `Mask` and its constructors)
-Positions   `rotary`, `positions` (sinusoids, learned tables, ALiBi, T5 buckets)
+Positions   `rotary`, `rope` (recipes, grids), `positions` (sinusoids, tables, ALiBi, T5 buckets)
 Channels    `norms`, `activations`
-Data        `patches` (images to tokens and back), `masking` (of tokens), `losses`, `contacts`
+Data        `patches` (images to tokens and back), `augment` (random changes of images)
+Hiding      `masking` (tokens), `patch_masks` and `block_masks` (patches)
+Codes       `codebook` (nearest codes, FSQ, Gumbel-softmax)
+Losses      `losses`, `reconstruction` (of patches), `distillation` (teachers), `spreading` (against
+            collapse)
+Proteins    `contacts`
 """

@@ -1,1 +1,1 @@
-"""Text and sequences to integers and back, without JAX."""
+"""Text to integers and back without JAX; images with it (`image`, `vq`, `patch_kmeans`)."""
