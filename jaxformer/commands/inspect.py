@@ -67,9 +67,10 @@ def report(folder: pathlib.Path, context: int | None = None) -> dict[str, Any]:
     kind = family(settings.take("model_type"), settings.where)
     config = kind.read(settings)
     settings.finish()
+    files = Tensors(folder)
+    config = kind.amend(config, files)
     model = kind.model(config)
     shapes = checkpoint.parameter_shapes(kind, model)
-    files = Tensors(folder)
     checkpoint.match(kind, list(kind.rules(config)), files)
     parts: dict[str, int] = {}
     for path, shape in shapes.items():
@@ -80,11 +81,7 @@ def report(folder: pathlib.Path, context: int | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "architecture": kind.architecture,
         "files": len({files.place(name) for name in files.names()}),
-        "config": {
-            field.name: value
-            for field in dataclasses.fields(config)
-            if (value := getattr(config, field.name)) != field.default
-        },
+        "config": _changed(config),
         "parameters": parts | {"total": total},
         "bytes of parameters": {name: total * size for name, size in _BYTES.items()},
     }
@@ -113,3 +110,15 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int):
         return str(value)
     return f"{value:,}"
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a config that are not at their defaults; those of parts by "part.field"."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default is dataclasses.MISSING and dataclasses.is_dataclass(value):
+            found |= {f"{field.name}.{name}": x for name, x in _changed(value).items()}
+        elif value != field.default:
+            found[field.name] = value
+    return found

@@ -1,5 +1,6 @@
 """Encoders are those of transformers: logits, hidden states, gradients, padded rows, contacts."""
 
+import copy
 import json
 import shutil
 
@@ -126,7 +127,7 @@ def case(request, loaded):
 def gradients(model, rules):
     """The gradients of a model of transformers, in our layout."""
     grads = {
-        name: np.zeros(x.shape, np.float32) if x.grad is None else x.grad.numpy()
+        name: np.zeros(x.shape) if x.grad is None else x.grad.numpy()
         for name, x in model.named_parameters()
     }
     return {rule.ours: rule.take([grads[name] for name in rule.theirs]) for rule in rules}
@@ -145,10 +146,13 @@ def test_logits_hidden_states_and_gradients(case, close, rules_of, side):
     ids = np.where(real, tokens(), PAD)
     d_logits = np.random.default_rng(2).standard_normal((B, S, V)).astype(np.float32)
     d_logits *= real[..., None]
-    model.zero_grad()
     given = {"attention_mask": torch.tensor(real.astype(int))} if side else {}
     out = model(torch.tensor(ids), output_hidden_states=True, **given, **theirs)
-    (out.logits * torch.tensor(d_logits)).sum().backward()
+    # Sums over tokens round by more than what is allowed, but ModernBERT's windows on padding alone
+    # give NaN in float64.
+    exact = copy.deepcopy(model)
+    exact = exact if "ModernBert" in type(model).__name__ else exact.double()
+    (exact(torch.tensor(ids), **given, **theirs).logits * torch.tensor(d_logits)).sum().backward()
     mask = attention.explicit(jnp.asarray(real)[:, None, None])
     logits, stream, grads = run(params, jnp.asarray(ids), mask, d_logits)
     close(np.asarray(logits)[real], out.logits.detach().numpy()[real], "logits")
@@ -156,7 +160,7 @@ def test_logits_hidden_states_and_gradients(case, close, rules_of, side):
     assert len(stream) == len(states) == ours.config.num_layers
     for i, (x, state) in enumerate(zip(stream, states)):
         close(np.asarray(x)[real], state[real], f"hidden {i}")
-    expected = gradients(model, rules_of(folder))
+    expected = gradients(exact, rules_of(folder))
     assert {*grads} == {*expected}
     for name, grad in grads.items():
         close(grad, expected[name], name)

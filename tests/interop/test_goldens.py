@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxformer import interop
+from jaxformer.commands import inspect
 from jaxformer.interop import families
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.encoder_decoder import EncoderDecoder
@@ -68,6 +69,13 @@ def test_what_is_said_of_images_is_that_of_transformers(close, name):
 
     for key, x in jax.jit(said)(params).items():
         close(x, golden[key], f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_inspect_counts_the_parameters_that_are_loaded(name):
+    _, params = interop.load(FOLDER / name)
+    found = inspect.report(FOLDER / name)
+    assert found["parameters"]["total"] == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_every_architecture_has_one():

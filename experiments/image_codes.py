@@ -1,0 +1,115 @@
+"""Tokenizers for experiments on the codes of images: trained on images of any size, or loaded."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import vision
+from jaxformer.layers import quantize
+from jaxformer.models.vqvae import VQVAE, ConvConfig, VQVAEConfig
+from jaxformer.tokenizers import vq
+from jaxformer.tokenizers.vq import VQTokenizer
+from jaxformer.training import data, loop, optimizers, run
+from jaxformer.training.state import TrainState
+from jaxformer.training.step import jit_step, make_train_step
+from jaxformer.typing import UInt8
+
+
+class CodesError(ValueError):
+    """A folder holds no tokenizer, or one for other images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a tokenizer of finite scalars is trained.
+
+    Attributes:
+        levels: Of the scalars; their product is the number of codes.
+        patch: Side in pixels of what a code stands for.
+        conv: Sizes of encoder and decoder.
+        steps: Training steps.
+        batch: Images a step, of all devices together.
+        learning_rate: Peak.
+    """
+
+    levels: tuple[int, ...] = (5, 5, 4)
+    patch: int = 4
+    conv: ConvConfig = ConvConfig(width=32, hidden=16)
+    steps: int = 800
+    batch: int = 64
+    learning_rate: float = 3e-3
+
+    def model(self, size: tuple[int, int], channels: int) -> VQVAE:
+        """The model that is trained."""
+        return VQVAE(VQVAEConfig(size, channels, self.patch, self.conv), quantize.FSQ(self.levels))
+
+
+def ready(
+    saved: str,
+    cfg: Config,
+    folder: pathlib.Path,
+    images: UInt8[np.ndarray, "n height width C"],
+    seed: int,
+    devices: Mesh,
+) -> VQTokenizer | None:
+    """Loads the tokenizer from the folder `saved`, or trains one if that is ""; see `train`.
+
+    Raises:
+        CodesError: If the folder holds none, or one for other images.
+    """
+    if not saved:
+        return train(cfg, folder, images, seed, devices)
+    try:
+        found = vq.load(saved)
+    except (OSError, ValueError) as error:
+        raise CodesError(error) from error
+    if found.size != images.shape[1:]:
+        raise CodesError(f"{saved} is for images of {found.size}, got {images.shape[1:]}.")
+    return found
+
+
+def train(
+    cfg: Config,
+    folder: pathlib.Path,
+    images: UInt8[np.ndarray, "n height width C"],
+    seed: int,
+    devices: Mesh,
+) -> VQTokenizer | None:
+    """Trains in a run folder of its own, where it goes on; returns None after a signal.
+
+    The folder then holds the tokenizer, as `tokenizers.vq.load(folder / "tokenizer")` reads it.
+    """
+    model = cfg.model(images.shape[1:3], images.shape[3])
+    variance = float(np.var(images / np.float32(255)))
+
+    def loss(params, batch, key):
+        found: Any = model.apply(params, vision.light(batch["images"]), train=True)
+        figures = {"distortion": found.distortion, "perplexity": found.perplexity}
+        return found.distortion / variance, figures
+
+    warmup = min(100, cfg.steps - 1)
+    rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=warmup)
+    optimizer = optimizers.adamw(rate, weight_decay=0.0)
+    key = jax.random.key(seed)
+    params = jax.jit(model.init)(key, jnp.zeros((1, *images.shape[1:])))
+    with run.Run(folder) as record:
+        last = loop.train(
+            TrainState.create(params, optimizer, key),
+            jit_step(make_train_step(loss, optimizer), devices),
+            data.InMemory({"images": images}, cfg.batch, seed),
+            record,
+            steps=cfg.steps,
+            config=cfg,
+            meaning=dataclasses.asdict(cfg) | {"seed": seed},
+            units_per_step=cfg.batch,
+            log_every=100,
+        )
+        if last is None:
+            return None
+        VQTokenizer(model, jax.device_get(last.params)).save(folder / "tokenizer")
+    return vq.load(folder / "tokenizer")
