@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments import ball
 from jaxformer.layers import quantize
-from jaxformer.models.vqvae import VQVAE, ViTConfig, VQVAEConfig
+from jaxformer.models.vqvae import VQVAE, ViTCoder, VQVAEConfig
 from jaxformer.tokenizers.vq import VQTokenizer
 from jaxformer.training import data, loop, optimizers, run
 from jaxformer.training.state import TrainState
@@ -33,7 +33,7 @@ class TokenizerConfig:
 
     patch: int = 8
     levels: tuple[int, ...] = (8, 6, 5)
-    coder: ViTConfig = ViTConfig(hidden=128)  # its norms spread the vectors of such dark frames
+    coder: ViTCoder = ViTCoder(hidden=128)  # its norms spread the vectors of such dark frames
     steps: int = 1500
     batch: int = 64
     learning_rate: float = 3e-3

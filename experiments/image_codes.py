@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from experiments import vision
 from jaxformer.layers import quantize
-from jaxformer.models.vqvae import VQVAE, ConvConfig, VQVAEConfig
+from jaxformer.models.vqvae import VQVAE, ConvCoder, VQVAEConfig
 from jaxformer.tokenizers import vq
 from jaxformer.tokenizers.vq import VQTokenizer
 from jaxformer.training import data, loop, optimizers, run
@@ -39,7 +39,7 @@ class Config:
 
     levels: tuple[int, ...] = (5, 5, 4)
     patch: int = 4
-    conv: ConvConfig = ConvConfig(width=32, hidden=16)
+    conv: ConvCoder = ConvCoder(width=32, hidden=16)
     steps: int = 800
     batch: int = 64
     learning_rate: float = 3e-3

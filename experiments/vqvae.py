@@ -26,7 +26,7 @@ import tyro
 from experiments import digit_reader
 from experiments import vqvae_report as report
 from jaxformer.layers import quantize
-from jaxformer.models.vqvae import VQVAE, ConvConfig, ViTConfig, VQVAEConfig
+from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
 from jaxformer.tokenizers.vq import VQTokenizer
 from jaxformer.training import checkpoint, data, loop, mesh, mnist, optimizers, run
 from jaxformer.training.state import TrainState
@@ -67,8 +67,8 @@ class Config:
     architecture: Literal["conv", "vit"] = "conv"
     levels: tuple[int, ...] = (8, 6, 5)
     width: int = 4
-    conv: ConvConfig = ConvConfig()
-    vit: ViTConfig = ViTConfig()
+    conv: ConvCoder = ConvCoder()
+    vit: ViTCoder = ViTCoder()
     patch: int = 4
     steps: int = 2500
     batch: int = 64

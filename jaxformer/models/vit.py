@@ -219,8 +219,8 @@ class ViT(nn.Module):
         Args:
             images: Of the config's size, or of another that patches divide.
             mask: Who may look, of all T tokens; all at all if None.
-            keep: Numbers of the patches that are seen at all, row by row; all in order if None. P or
-                more is no patch but padding, which `mask` should keep from being read.
+            keep: Numbers of the patches that are seen at all, row by row; all in order if None. One
+                of P or more is padding, which `mask` should keep from being read.
             hidden: Patches in whose stead the mask token is seen.
             train: Drops; needs an rng named "dropout" if there is anything to drop.
 

@@ -3,18 +3,17 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
+from jaxformer.layers.embed import GridPositions
 from jaxformer.layers.linear import Dense
 from jaxformer.models.transformer import TransformerConfig, stack
-from jaxformer.ops import codebook, patches, positions
+from jaxformer.ops import codebook, patches
 from jaxformer.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvConfig:
+class ConvCoder:
     """Convolutions with strides of 2, then residual blocks; the decoder is the mirror image.
 
     Attributes:
@@ -37,7 +36,7 @@ class ConvConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTCoder:
     """Transformers over patches, each of which sees all; positions are two-dimensional waves.
 
     Attributes:
@@ -94,14 +93,14 @@ class VQVAEConfig:
     size: tuple[int, int] = (28, 28)
     channels: int = 1
     patch: int = 4
-    coder: ConvConfig | ViTConfig = ConvConfig()
+    coder: ConvCoder | ViTCoder = ConvCoder()
 
     def __post_init__(self) -> None:
         for config in (self, self.coder):
             for name, value in vars(config).items():
                 if isinstance(value, int) and value < 1:
                     raise ValueError(f"{name} must be positive, got {value}.")
-        if isinstance(self.coder, ConvConfig):
+        if isinstance(self.coder, ConvCoder):
             _doublings(self)
         _ = self.grid
 
@@ -218,7 +217,7 @@ class ConvEncoder(nn.Module):
         halvings: How often.
     """
 
-    config: ConvConfig
+    config: ConvCoder
     halvings: int
 
     @nn.compact
@@ -245,7 +244,7 @@ class ConvDecoder(nn.Module):
         channels: Of a pixel.
     """
 
-    config: ConvConfig
+    config: ConvCoder
     doublings: int
     grid: tuple[int, int]
     channels: int
@@ -277,7 +276,7 @@ class ViTEncoder(nn.Module):
         grid: Rows and columns of patches.
     """
 
-    config: ViTConfig
+    config: ViTCoder
     patch: int
     grid: tuple[int, int]
 
@@ -299,7 +298,7 @@ class ViTDecoder(nn.Module):
         channels: Of a pixel.
     """
 
-    config: ViTConfig
+    config: ViTCoder
     patch: int
     grid: tuple[int, int]
     channels: int
@@ -321,9 +320,8 @@ def _blocks(config: TransformerConfig, x: Array) -> Array:
 
 def _placed(x: Array, grid: tuple[int, int]) -> Array:
     """Adds the waves of row and column to each patch."""
-    numbers = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1)
-    coordinates = jnp.asarray(numbers.reshape(-1, 2), jnp.float32)
-    return x + positions.sinusoidal_grid(coordinates, x.shape[-1]).astype(x.dtype)[None]
+    waves = GridPositions(grid, x.shape[-1], learned=False)(grid)
+    return x + waves.astype(x.dtype)[None]
 
 
 def _doublings(config: VQVAEConfig) -> int:

@@ -25,7 +25,7 @@ from jaxformer.tokenizers.image import ImageTokenizer, read_folder, write_folder
 from jaxformer.typing import Array, PyTree
 
 _KIND = "vqvae"
-_CODERS = {"conv": vqvae.ConvConfig, "vit": vqvae.ViTConfig}
+_CODERS = {"conv": vqvae.ConvCoder, "vit": vqvae.ViTCoder}
 _QUANTIZERS: dict[str, type[nn.Module]] = {
     "vq": quantize.VectorQuantizer,
     "vq_ema": quantize.EMAVectorQuantizer,

@@ -18,12 +18,12 @@ from experiments.captions import Captioned, CaptionError, Joint
 from experiments.image_codes import CodesError
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
-from jaxformer.models.vqvae import ConvConfig
+from jaxformer.models.vqvae import ConvCoder
 from jaxformer.tokenizers.vq import VQTokenizer
 from jaxformer.training import checkpoint, mesh
 
 MODEL = TransformerConfig(1, 8, 1, 2, 2, 4, 8, positions="learned", max_length=1)
-CODES = image_codes.Config((3, 2), 4, ConvConfig(4, 4, 1), steps=3, batch=4)
+CODES = image_codes.Config((3, 2), 4, ConvCoder(4, 4, 1), steps=3, batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from experiments.frame_tokens import TokenizerConfig
 from experiments.token_world import Config
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
-from jaxformer.models.vqvae import ViTConfig
+from jaxformer.models.vqvae import ViTCoder
 from jaxformer.training import mesh, run
 
 TINY = Config(
     box=ball.Box(side=16),
-    tokenizer=TokenizerConfig(levels=(3, 2), coder=ViTConfig(8, 1, 2, 8), steps=3, batch=4),
+    tokenizer=TokenizerConfig(levels=(3, 2), coder=ViTCoder(8, 1, 2, 8), steps=3, batch=4),
     model=TransformerConfig(1, 8, 1, 2, 2, 4, 8),
     context=2,
     ahead=3,

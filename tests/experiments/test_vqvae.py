@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import vqvae, vqvae_report
-from jaxformer.models.vqvae import ConvConfig, ViTConfig
+from jaxformer.models.vqvae import ConvCoder, ViTCoder
 from jaxformer.tokenizers import vq
 from jaxformer.training import mesh, mnist, run
 
@@ -24,7 +24,7 @@ DIGITS = mnist.Digits(
 
 def config(folder, **changes):
     settings = {"run": str(folder), "levels": (3, 4), "width": 2, "steps": 4, "batch": 8}
-    settings |= {"conv": ConvConfig(4, 3, 1), "vit": ViTConfig(4, 1, 1, 5), "mesh": "data=1"}
+    settings |= {"conv": ConvCoder(4, 3, 1), "vit": ViTCoder(4, 1, 1, 5), "mesh": "data=1"}
     settings |= {"warmup": 1, "save_every": 2, "log_every": 2}
     return vqvae.Config(**settings | changes)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxformer.layers.quantize import FSQ, VectorQuantizer
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.dino import DINO, DINOConfig
 from jaxformer.models.encoder import Encoder
@@ -23,6 +24,7 @@ from jaxformer.models.jepa import JEPA, JEPAConfig
 from jaxformer.models.mae import MAE, MAEConfig
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.models.vit import ViT, ViTConfig
+from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
 
 FOLDER = pathlib.Path(__file__).parent / "parameters"
 SIZES = {"width": 5, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 2}
@@ -46,6 +48,8 @@ PHOTOS = ViTConfig((6, 10), (3, 2), 3, 8, 2, 2, 11, pooler=True, num_classes=7)
 DINO_PHOTOS = dataclasses.replace(
     PHOTOS, registers=3, mask_token=True, layer_scale=0.1, key_bias=False, gated=True, scan=True
 )
+GRIDS = VQVAEConfig((8, 12), 1, 4, ConvCoder(7, 3, 1))
+VIT_GRIDS = dataclasses.replace(GRIDS, coder=ViTCoder(8, 1, 2, 11))
 WAVES = dataclasses.replace(PHOTOS, positions="sinusoidal")
 
 TOKENS, IMAGES, FEW = jnp.zeros((1, 3), int), jnp.zeros((1, 6, 10, 3)), jnp.zeros((1, 4), int)
@@ -61,6 +65,8 @@ MODELS = {
     "vit": (ViT(PHOTOS), [IMAGES], "logits"),
     "dino": (DINO(DINOConfig(DINO_PHOTOS, 9, 5, 3)), [IMAGES, FEW]),
     "mae": (MAE(MAEConfig.of(WAVES, 12, 1, 3)), [IMAGES, FEW, FEW]),
+    "vqvae": (VQVAE(GRIDS, VectorQuantizer(5, 3)), [jnp.zeros((1, 8, 12, 1))]),
+    "vqvae_vit": (VQVAE(VIT_GRIDS, FSQ((3, 5))), [jnp.zeros((1, 8, 12, 1))]),
     "jepa": (JEPA(JEPAConfig.of(PHOTOS, 12, 1, 3, positions="learned")), [IMAGES, FEW, FEW]),
 }
 

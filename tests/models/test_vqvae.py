@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from jaxformer.layers import quantize
-from jaxformer.models.vqvae import VQVAE, ConvConfig, ViTConfig, VQVAEConfig
+from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
 
 SIZE, C, P = (12, 20), 3, 15
-CODERS = {"conv": ConvConfig(6, 5, 1), "vit": ViTConfig(8, 1, 2, 11)}
+CODERS = {"conv": ConvCoder(6, 5, 1), "vit": ViTCoder(8, 1, 2, 11)}
 IMAGES = jnp.asarray(np.random.default_rng(0).random((2, *SIZE, C)), jnp.float32)
 QUANTIZER = quantize.EMAVectorQuantizer(7, 2)
 MODELS = {name: VQVAE(VQVAEConfig(SIZE, C, 4, coder), QUANTIZER) for name, coder in CODERS.items()}
@@ -119,7 +119,7 @@ def test_every_size_of_the_config_is_read():
 def test_the_number_of_heads_is_read():
     variables, vectors = None, []
     for heads in (1, 2):
-        model = VQVAE(VQVAEConfig(SIZE, C, 4, ViTConfig(8, 1, heads, 11)), QUANTIZER)
+        model = VQVAE(VQVAEConfig(SIZE, C, 4, ViTCoder(8, 1, heads, 11)), QUANTIZER)
         variables = variables or jax.jit(model.init)(jax.random.key(0), IMAGES)
         vectors.append(jax.jit(lambda v, m=model: m.apply(v, IMAGES, method="encoded"))(variables))
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-4
@@ -132,8 +132,8 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="4×4 do not divide an image of 12×18"):
         VQVAEConfig((12, 18))
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        VQVAEConfig(coder=ConvConfig(width=0))
+        VQVAEConfig(coder=ConvCoder(width=0))
     with pytest.raises(ValueError, match="D=6 must be a multiple of 4 and of N=2"):
-        ViTConfig(6, 1, 2)
+        ViTCoder(6, 1, 2)
     with pytest.raises(ValueError, match=r"\(12, 20, 1\), expected \(12, 20, 3\)"):
         jax.eval_shape(MODELS["conv"].init, jax.random.key(0), IMAGES[..., :1])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jaxformer.layers import quantize
-from jaxformer.models.vqvae import VQVAE, ConvConfig, ViTConfig, VQVAEConfig
+from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
 from jaxformer.tokenizers import image, patch_kmeans, vq
 from jaxformer.tokenizers.patch_kmeans import PatchKMeans
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.random((5, 8, 12, 2)).astype(np.float32)
-CONV, VIT = ConvConfig(3, 2, 1), ViTConfig(4, 1, 1, 3)
+CONV, VIT = ConvCoder(3, 2, 1), ViTCoder(4, 1, 1, 3)
 
 
 def make(quantizer, coder=CONV):
