@@ -1,0 +1,163 @@
+"""A vision Transformer learns what images have in common, without labels: DINOv2 in small.
+
+    python -m experiments.dino                          the embedded digits, two CPU cores
+    python -m experiments.dino --loss.targets centre         DINO's targets in place of DINOv2's
+    python -m experiments.dino --model.encoder.gated --model.encoder.activation silu \\
+        --model.encoder.registers 4                     SwiGLU and registers
+    python -m experiments.dino --data folder:DIR --size 64 --views.kind photo --views.side 32
+    python -m experiments.dino --loss.targets centre --loss.momentum 1 --loss.koleo 0     collapses
+
+A student sees crops of an image, some of them small, some with patches hidden, and is to sort its
+class tokens and hidden patches among prototypes as its teacher does, who sees large crops whole and
+whose parameters follow the student's. The rank of the teacher's class tokens is watched, and the
+run ends where it collapses. The same command goes on where it was stopped.
+
+References:
+    Oquab et al. 2024, "DINOv2: learning robust visual features without supervision", section 4.
+    https://arxiv.org/abs/2304.07193
+"""
+
+import dataclasses
+import sys
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh
+
+from experiments import dino_loss, dino_report, dino_views, vision
+from jaxformer.analysis import representation
+from jaxformer.models.dino import DINO, DINOConfig
+from jaxformer.models.vit import ViTConfig
+from jaxformer.ops import linear, patches
+from jaxformer.training import checkpoint, data, ema, images, loop, mesh, optimizers, run
+from jaxformer.training.state import TrainState
+from jaxformer.training.step import jit_step, make_train_step
+from jaxformer.typing import PyTree
+
+_ENCODER = ViTConfig((28, 28), (4, 4), 1, 64, 4, 4, 256, mask_token=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of a run.
+
+    Attributes:
+        run: Folder of the run; a run that was stopped goes on from its last checkpoint.
+        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        size: Height and width to bring images to; 0 for as they are.
+        model: Sizes of student and teacher; the data settle the encoder's `size` and `channels`.
+        views: The crops.
+        loss: What is learned.
+        teacher: Share of itself that the teacher keeps at the first step, and at the last.
+        least_rank: Share of the encoder's width that the effective rank of class tokens must reach.
+        steps: Training steps.
+        batch: Images a step, of all devices together.
+        learning_rate: Peak, for Muon: of the hidden matrices.
+        adam_learning_rate: Peak, for AdamW: of everything else.
+        warmup: Steps to the peak.
+        compute_dtype: Of the model's arithmetic; parameters and optimizer are float32.
+        seed: Of everything random.
+        mesh: Devices, such as "data=8"; simulated on a CPU. By default all that divide the batch.
+        save_every: Steps between checkpoints, and between looks at the rank.
+        log_every: Steps between lines.
+    """
+
+    run: str = "runs/dino"
+    data: str = "embedded"
+    size: int = 0
+    model: DINOConfig = DINOConfig(_ENCODER, prototypes=64, hidden=128, bottleneck=64)
+    views: dino_views.Views = dino_views.Views()
+    loss: dino_loss.Objective = dino_loss.Objective()
+    teacher: tuple[float, float] = (0.96, 0.995)
+    least_rank: float = 0.05
+    steps: int = 800
+    batch: int = 64
+    learning_rate: float = 0.008
+    adam_learning_rate: float = 0.001
+    warmup: int = 50
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    mesh: str | None = None
+    save_every: int = 100
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 2, "save_every": 1, "log_every": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        patches.grid_of((self.views.side, self.views.side), self.model.encoder.patch)
+
+
+def create(cfg: Config, model: DINO) -> PyTree:
+    """Draws the parameters."""
+    encoder = model.config.encoder
+    start = jnp.zeros((1, *encoder.size, encoder.channels))
+    hidden = jnp.zeros((1, encoder.grid[0] * encoder.grid[1]), bool)
+    at = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(cfg.seed), start, at, hidden=hidden)
+
+
+def train(
+    cfg: Config, model: DINO, seen: images.Images, devices: Mesh, record: run.Run
+) -> PyTree | None:
+    """Trains to the end, or until a signal; returns the teacher, or None after a signal.
+
+    Raises:
+        Collapsed: If class tokens of different images come to be nearly the same.
+    """
+    read, few = vision.pooled(model.config.encoder), seen.test_images[:1000]
+
+    def watch(state: TrainState) -> dict[str, float]:
+        return {"rank": representation.check_collapse(read(state.ema, few), least=cfg.least_rank)}
+
+    rates = (cfg.learning_rate, cfg.adam_learning_rate)
+    optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
+    key, extra = jax.random.key(cfg.seed), cfg.loss.centres(cfg.model.prototypes)
+    dtype, decay = cfg.compute_dtype, ema.cosine(*cfg.teacher, cfg.steps)
+    numbers: dict[str, Any] = {"stateful": True, "compute_dtype": dtype, "ema_decay": decay}
+    loss = dino_loss.make_loss(cfg.loss, cfg.views, model, cfg.steps, dtype)
+    grid = (model.config.encoder.grid[0], model.config.encoder.grid[1])
+    arrays, hide = {"images": seen.train_images}, dino_views.hide(cfg.views, grid)
+    state = loop.train(
+        TrainState.create(create(cfg, model), optimizer, key, ema=True, extra=extra),
+        jit_step(make_train_step(loss, optimizer, **numbers), devices),
+        data.InMemory(arrays, cfg.batch, cfg.seed, transform=hide),
+        record,
+        steps=cfg.steps,
+        config=cfg,
+        meaning=vision.meaning(cfg, seen),
+        units_per_step=cfg.batch,
+        save_every=cfg.save_every,
+        log_every=cfg.log_every,
+        evaluate=watch,
+    )
+    return None if state is None else state.ema
+
+
+def main(cfg: Config) -> int:
+    """Trains, evaluates, draws; returns the exit status."""
+    mesh.keep_host_memory()
+    devices = mesh.make(cfg.mesh, batch=cfg.batch)
+    run.enable_compile_cache()
+    seen = images.load(cfg.data, size=cfg.size or None)
+    config = dataclasses.replace(cfg.model, encoder=vision.settled(cfg.model.encoder, seen))
+    model = DINO(config, project=linear.project_input_first)
+    with run.Run(cfg.run) as record:
+        teacher = train(cfg, model, seen, devices, record)
+        if teacher is None:
+            return 0
+        settings = {"data": seen.origin, "targets": cfg.loss.targets, "steps": cfg.steps}
+        sides = (teacher, create(cfg, model))
+        dino_report.write(record, settings, config.encoder, sides, seen, cfg.views)
+    return 0
+
+
+if __name__ == "__main__":
+    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
+    try:
+        sys.exit(main(tyro.cli(Config, description=__doc__)))
+    except (*told, checkpoint.CheckpointError, representation.Collapsed) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
