@@ -36,7 +36,9 @@ from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import PyTree
 
-_ENCODER = ViTConfig((28, 28), (4, 4), 1, 64, 4, 4, 256, mask_token=True)
+_ENCODER = ViTConfig(
+    *((28, 28), (4, 4), 1, 64, 4, 4, 256), **{"mask_token": True, "positions": "rotary"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +74,16 @@ class Config:
     loss: dino_loss.Objective = dino_loss.Objective()
     teacher: tuple[float, float] = (0.96, 0.995)
     least_rank: float = 0.05
-    steps: int = 800
-    batch: int = 64
+    steps: int = 1500
+    batch: int = 32
     learning_rate: float = 0.008
     adam_learning_rate: float = 0.001
     warmup: int = 50
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     mesh: str | None = None
-    save_every: int = 100
-    log_every: int = 20
+    save_every: int = 250
+    log_every: int = 25
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 2, "save_every": 1, "log_every": 1}

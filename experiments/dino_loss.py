@@ -30,9 +30,9 @@ class Objective:
 
     targets: Literal["sinkhorn", "centre"] = "sinkhorn"
     momentum: float = 0.9
-    temperatures: tuple[float, float] = (0.03, 0.04)
-    ibot: float = 1.0
-    koleo: float = 0.2
+    temperatures: tuple[float, float] = (0.02, 0.03)
+    ibot: float = 0.2
+    koleo: float = 0.3
 
     def centres(self, prototypes: int) -> dict[str, Float[Array, "E"]] | None:
         """What the loss keeps from step to step, at first; None if that is nothing."""

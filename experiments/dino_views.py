@@ -33,9 +33,9 @@ class Views:
 
     kind: Literal["ink", "photo"] = "ink"
     small: int = 4
-    side: int = 12
-    large_area: tuple[float, float] = (0.7, 1.0)
-    small_area: tuple[float, float] = (0.35, 0.75)
+    side: int = 16
+    large_area: tuple[float, float] = (0.8, 1.0)
+    small_area: tuple[float, float] = (0.55, 1.0)
     hidden: tuple[float, float] = (0.1, 0.5)
 
     def __post_init__(self) -> None:
@@ -119,7 +119,8 @@ def draw(
     grid = (height // down, width // across)
     hidden = hide(views, grid)({"images": pixels}, np.random.default_rng(0))["hidden"]
     images = pixels / np.float32(255)
-    large, small = jax.device_get(crops(views, jax.random.key(0), jnp.asarray(images)))
+    cut = jax.jit(crops, static_argnums=0)
+    large, small = jax.device_get(cut(views, jax.random.key(0), images))
     framed = np.full((*small.shape[:2], *pixels.shape[1:]), 0.8, np.float32)
     framed[:, :, : views.side, : views.side] = small[:, :, :height, :width]
     columns = [images[:, None], large, pictures.hide(large, hidden, (down, across)), framed]
