@@ -1,16 +1,26 @@
-"""A vision Transformer learns what images have in common, without labels: DINOv2 in small.
+r"""A vision Transformer learns what images have in common, without labels: DINOv2 in small.
 
-    python -m experiments.dino                          the embedded digits, two CPU cores
-    python -m experiments.dino --loss.targets centre         DINO's targets in place of DINOv2's
-    python -m experiments.dino --model.encoder.gated --model.encoder.activation silu \\
-        --model.encoder.registers 4                     SwiGLU and registers
-    python -m experiments.dino --data folder:DIR --size 64 --views.kind photo --views.side 32
-    python -m experiments.dino --loss.targets centre --loss.momentum 1 --loss.koleo 0     collapses
+    python -m experiments.dino                      the embedded digits, minutes on two CPU cores
+    python -m experiments.dino --loss.targets centre            DINO's targets, not DINOv2's
+    python -m experiments.dino --model.encoder.gated --model.encoder.activation silu \
+        --model.encoder.registers 4                 SwiGLU, and registers
+    python -m experiments.dino --data folder:DIR --size 64 --views.kind photo --views.side 32 \
+        --views.small-area 0.05 0.3 --views.large-area 0.3 1        PNG and JPEG files
+    python -m experiments.dino --loss.targets centre --loss.momentum 1 --loss.temperatures 1 1 \
+        --loss.koleo 0                              collapses within 50 steps, and says so
 
 A student sees crops of an image, some of them small, some with patches hidden, and is to sort its
 class tokens and hidden patches among prototypes as its teacher does, who sees large crops whole and
 whose parameters follow the student's. The rank of the teacher's class tokens is watched, and the
 run ends where it collapses. The same command goes on where it was stopped.
+
+What the crops share is learned, whatever it is: hence handwriting is drawn with another pen for
+each crop. In short trials rotary positions told classes better than sinusoidal ones.
+
+Measured with seed 0 on the embedded digits: effective rank 55.7 of 64 channels (11.9 untrained), 20
+nearest neighbours tell 93.0 % of test digits (45.5 % untrained; 93.0 % by pixels), a linear probe
+94.8 % (66.9 %; 85.9 %); with a centre 81.1 % and 83.6 %, with SwiGLU and registers 92.0 % and
+94.6 %. 198 images/s on two CPU cores: 4 minutes of training.
 
 References:
     Oquab et al. 2024, "DINOv2: learning robust visual features without supervision", section 4.

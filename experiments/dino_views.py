@@ -21,8 +21,9 @@ class Views:
     """How an image is cropped and changed, and what of it is hidden.
 
     Attributes:
-        kind: What else is changed: turned, slanted and stretched as handwriting may be ("ink"), or
-            mirrored, recoloured and blurred as photographs may be ("photo").
+        kind: What else is changed: turned, slanted, stretched and drawn with another pen as
+            handwriting may be ("ink"), or mirrored, recoloured and blurred as photographs may be
+            ("photo").
         small: Small crops of an image, beside two large ones.
         side: Height and width of a small crop in pixels; patches divide it.
         large_area: Least and greatest share of the image that a large crop covers.
@@ -74,7 +75,7 @@ def changed(
     flip, jitter, grey, blur, invert = jax.random.split(key, 5)
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     x = augment.colour_jitter(jitter, augment.random_flip(flip, x), probability=0.8, **strengths)
-    x = augment.gaussian_blur(blur, augment.random_grayscale(grey, x), (0.1, x.shape[1] / 100))
+    x = augment.gaussian_blur(blur, augment.random_grayscale(grey, x), (0.0, x.shape[1] / 100))
     return augment.solarize(invert, x, probability=0.1)
 
 
