@@ -1,5 +1,6 @@
 """How every benchmark times and reports."""
 
+import functools
 import json
 import platform
 import tempfile
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxformer.typing import PyTree
+from jaxformer.typing import Array, PyTree
 
 
 def perturbed(params: PyTree) -> PyTree:
@@ -53,6 +55,70 @@ def llama_of_both(cfg: Any, **settings: Any) -> tuple[Any, Any, PyTree]:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return theirs, *interop.load(folder)
+
+
+def race(
+    name: str,
+    loss_of: Callable[[PyTree], Array],
+    params: PyTree,
+    loss_of_torch: Callable[[], Any],
+    parameters: Any,
+    *,
+    rounds: int,
+    count: int,
+    unit: str,
+) -> None:
+    """Times a training step with AdamW beside one of PyTorch, and prints a line of JSON for each.
+
+    Both losses must fall alike over the first steps before anything is timed.
+
+    Args:
+        name: Of the benchmark.
+        loss_of: Our loss of the parameters.
+        params: These, which stay as they are.
+        loss_of_torch: Their loss, a tensor.
+        parameters: Those of their model.
+        rounds: Timings of each.
+        count: How many of what `unit` names a step takes.
+        unit: Of the speed.
+    """
+    import torch
+
+    optimizer = optax.adamw(1e-3, weight_decay=0.01)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Array]:
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    now: list[Any] = [jax.tree.map(jnp.copy, params), optimizer.init(params)]
+    torch_optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+    def ours() -> float:
+        now[0], now[1], loss = step(*now)
+        return float(loss)
+
+    def of_torch() -> float:
+        loss = loss_of_torch()
+        torch_optimizer.zero_grad()
+        loss.backward()
+        torch_optimizer.step()
+        return float(loss.detach())
+
+    for _ in range(3):
+        np.testing.assert_allclose(ours(), of_torch(), rtol=1e-3)
+    runs = {"jaxformer": ours, "transformers": of_torch}
+    seconds = interleaved(runs, rounds=rounds, settle=True)
+    mine = np.median(seconds["jaxformer"])
+    for who, times in seconds.items():
+        figures = {
+            "of": who,
+            "parameters": optax.tree.size(params),
+            f"{unit}_per_second": round(count / float(np.median(times)), 1),
+            "jaxformer_is_faster_by": round(float(np.median(times) / mine), 2),
+        }
+        report(name, figures | spread(times), ("transformers", "torch"))
 
 
 def interleaved(

@@ -7,14 +7,11 @@ one process, whose allocator keeps its memory as that of the experiments does.
 """
 
 import dataclasses
-import functools
 import tempfile
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from benchmarks import record
@@ -84,45 +81,13 @@ def main(cfg: Config) -> None:
     images, labels = jnp.asarray(pixels), jnp.asarray(classes)
     given = {"pixel_values": torch.tensor(pixels.transpose(0, 3, 1, 2).copy())}
     given["labels"] = torch.tensor(classes)
-    optimizer = optax.adamw(1e-3, weight_decay=0.01)
 
     def loss_of(params):
         logits = model.apply(params, images, method="logits")
         return losses.cross_entropy(logits, labels).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state):
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    now = [jax.tree.map(jnp.copy, params), optimizer.init(params)]
-    torch_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.01)
-
-    def ours() -> float:
-        now[0], now[1], loss = step(*now)
-        return float(loss)
-
-    def of_torch() -> float:
-        loss = theirs(**given).loss
-        torch_optimizer.zero_grad()
-        loss.backward()
-        torch_optimizer.step()
-        return float(loss.detach())
-
-    for _ in range(3):
-        np.testing.assert_allclose(ours(), of_torch(), rtol=1e-3)
-    runs = {"jaxformer": ours, "transformers": of_torch}
-    seconds = record.interleaved(runs, rounds=cfg.rounds, settle=True)
-    mine = np.median(seconds["jaxformer"])
-    for name, times in seconds.items():
-        figures = {
-            "of": name,
-            "parameters": optax.tree.size(params),
-            "images_per_second": round(cfg.batch / float(np.median(times)), 1),
-            "jaxformer_is_faster_by": round(float(np.median(times) / mine), 2),
-        }
-        record.report("vit_step", figures | record.spread(times), ("transformers", "torch"))
+    sides = (loss_of, params, lambda: theirs(**given).loss, theirs.parameters())
+    record.race("vit_step", *sides, rounds=cfg.rounds, count=cfg.batch, unit="images")
 
 
 if __name__ == "__main__":

@@ -85,9 +85,7 @@ class Config:
     profile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        run.check_least(self, steps=1, batch=1, accumulate=1, save_every=1, log_every=1)
         if self.mesh is not None:
             mesh.parse(self.mesh)
         if self.distributed and self.step == "pmap":

@@ -32,7 +32,6 @@ import sys
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
@@ -46,9 +45,8 @@ from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import PyTree
 
-_ENCODER = ViTConfig(
-    *((28, 28), (4, 4), 1, 64, 4, 4, 256), **{"mask_token": True, "positions": "rotary"}
-)
+_SIZES = ((28, 28), (4, 4), 1, 64, 4, 4, 256)
+_ENCODER = ViTConfig(*_SIZES, mask_token=True, positions="rotary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +94,8 @@ class Config:
     log_every: int = 25
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "save_every": 1, "log_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        run.check_least(self, steps=1, batch=2, save_every=1, log_every=1)
         patches.grid_of((self.views.side, self.views.side), self.model.encoder.patch)
-
-
-def create(cfg: Config, model: DINO) -> PyTree:
-    """Draws the parameters."""
-    encoder = model.config.encoder
-    start = jnp.zeros((1, *encoder.size, encoder.channels))
-    hidden = jnp.zeros((1, encoder.grid[0] * encoder.grid[1]), bool)
-    at = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(cfg.seed), start, at, hidden=hidden)
 
 
 def train(
@@ -120,7 +106,8 @@ def train(
     Raises:
         Collapsed: If class tokens of different images come to be nearly the same.
     """
-    read, few = vision.pooled(model.config.encoder), seen.test_images[:1000]
+    encoder, few = model.config.encoder, seen.test_images[:1000]
+    read, params = vision.pooled(encoder), vision.create(model, encoder, cfg.seed, places=1)
 
     def watch(state: TrainState) -> dict[str, float]:
         return {"rank": representation.check_collapse(read(state.ema, few), least=cfg.least_rank)}
@@ -131,10 +118,10 @@ def train(
     dtype, decay = cfg.compute_dtype, ema.cosine(*cfg.teacher, cfg.steps)
     numbers: dict[str, Any] = {"stateful": True, "compute_dtype": dtype, "ema_decay": decay}
     loss = dino_loss.make_loss(cfg.loss, cfg.views, model, cfg.steps, dtype)
-    grid = (model.config.encoder.grid[0], model.config.encoder.grid[1])
+    grid = (encoder.grid[0], encoder.grid[1])
     arrays, hide = {"images": seen.train_images}, dino_views.hide(cfg.views, grid)
     state = loop.train(
-        TrainState.create(create(cfg, model), optimizer, key, ema=True, extra=extra),
+        TrainState.create(params, optimizer, key, ema=True, extra=extra),
         jit_step(make_train_step(loss, optimizer, **numbers), devices),
         data.InMemory(arrays, cfg.batch, cfg.seed, transform=hide),
         record,
@@ -162,7 +149,7 @@ def main(cfg: Config) -> int:
         if teacher is None:
             return 0
         settings = {"data": seen.origin, "targets": cfg.loss.targets, "steps": cfg.steps}
-        sides = (teacher, create(cfg, model))
+        sides = (teacher, vision.create(model, config.encoder, cfg.seed, places=1))
         dino_report.write(record, settings, config.encoder, sides, seen, cfg.views)
     return 0
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments import dino_views, ijepa_report, vision
+from experiments import dino_views, vision
 from jaxformer.analysis import representation
 from jaxformer.models.vit import ViT, ViTConfig
 from jaxformer.training import images, pictures, records, run
@@ -27,10 +27,8 @@ def write(
         seen: The images.
         views: The crops.
     """
-    read, figures, features = vision.pooled(encoder), dict(settings), {}
-    for name, params in zip(("", "untrained, "), sides):
-        bank, queries = (read(params, x) for x in (seen.train_images, seen.test_images))
-        features[name] = bank, queries
+    figures, both = dict(settings), vision.features(encoder, sides, seen)
+    for name, (bank, queries) in both.items():
         rank = representation.effective_rank(queries)
         found = {
             "rank": rank,
@@ -43,8 +41,7 @@ def write(
 
     folder, few = record.folder, seen.test_images[:10]
     pictures.loss_curve(records.read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
-    bank, queries = features[""]
-    ijepa_report.draw_neighbours(seen, bank, queries, folder / "neighbours.png")
+    vision.draw_neighbours(seen, *both[""], folder / "neighbours.png")
     teacher = {"params": sides[0]["params"]["encoder"]}
     vision.draw_attention(ViT(encoder), teacher, few, folder / "attention.png")
     dino_views.draw(views, few[:6], encoder.patch, folder / "crops.png")

@@ -1,21 +1,16 @@
 """Frames of a ball as tokens: trains the tokenizer, and lays frames and actions in one sequence."""
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import ball
+from experiments import ball, image_codes
 from jaxformer.layers import quantize
 from jaxformer.models.vqvae import VQVAE, ViTCoder, VQVAEConfig
 from jaxformer.tokenizers.vq import VQTokenizer
-from jaxformer.training import data, loop, optimizers, run
-from jaxformer.training.state import TrainState
-from jaxformer.training.step import jit_step, make_train_step
-from jaxformer.typing import Array, Int, PyTree
+from jaxformer.typing import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +53,19 @@ def train(
         devices: To train on.
         folder: For the run.
     """
-    model, key = cfg.model(box.side), jax.random.key(seed)
     frames = ball.render(box, jnp.asarray(states[:1024, :2]))
-    variance = float(frames.var())
-
-    def loss(params: PyTree, batch: PyTree, key: Array) -> tuple[Array, dict]:
-        found: Any = model.apply(params, ball.render(box, batch["states"][:, :2]), train=True)
-        terms = {"distortion": found.distortion, "perplexity": found.perplexity}
-        return found.distortion / variance + found.quantizer_loss, terms
-
-    warmup = min(100, cfg.steps - 1)
-    rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=warmup)
-    optimizer = optimizers.adamw(rate, weight_decay=0.0)
-    meaning = dataclasses.asdict(cfg) | {"box": dataclasses.asdict(box), "seed": seed}
-    with run.Run(folder) as record:
-        last = loop.train(
-            TrainState.create(jax.jit(model.init)(key, frames[:1]), optimizer, key),
-            jit_step(make_train_step(loss, optimizer), devices),
-            data.InMemory({"states": states}, cfg.batch, seed),
-            record,
-            steps=cfg.steps,
-            config=cfg,
-            meaning=meaning,
-            units_per_step=cfg.batch,
-            unit="frames",
-        )
-    return None if last is None else VQTokenizer(model, jax.device_get(last.params))
+    return image_codes.fit(
+        cfg.model(box.side),
+        cfg,
+        {"states": states},
+        lambda batch: ball.render(box, batch["states"][:, :2]),
+        float(frames.var()),
+        seed,
+        devices,
+        folder,
+        meaning=dataclasses.asdict(cfg) | {"box": dataclasses.asdict(box), "seed": seed},
+        unit="frames",
+    )
 
 
 def to_sequence(

@@ -93,9 +93,7 @@ class Config:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "batch": 2, "save_every": 1, "log_every": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        run.check_least(self, steps=1, batch=2, save_every=1, log_every=1)
         if not all(0 <= share <= 1 for share in self.teacher):
             raise ValueError(f"the teacher keeps shares in [0, 1], got teacher={self.teacher}.")
 
@@ -143,8 +141,6 @@ def main(cfg: Config) -> int:
     run.enable_compile_cache()
     seen = images.load(cfg.data, size=cfg.size or None)
     encoder = vision.settled(cfg.encoder, seen)
-    if len(encoder.grid) != 2:
-        raise ValueError
     model = JEPA(JEPAConfig.of(encoder, *cfg.predictor), project=linear.project_input_first)
     with run.Run(cfg.run) as record:
         teacher = train(cfg, model, seen, devices, record)

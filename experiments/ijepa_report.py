@@ -11,9 +11,7 @@ from experiments import ijepa_loss, vision
 from jaxformer.analysis import representation
 from jaxformer.models.vit import ViTConfig
 from jaxformer.training import images, pictures, records, run
-from jaxformer.typing import Float, PyTree, UInt8
-
-_NEIGHBOURS = 8
+from jaxformer.typing import PyTree, UInt8
 
 
 def write(
@@ -32,10 +30,8 @@ def write(
         sides: Its parameters after training, and before.
         seen: The images.
     """
-    read, figures, features = vision.pooled(encoder), dict(settings), {}
-    for name, params in zip(("", "untrained, "), sides):
-        bank, queries = (read(params, x) for x in (seen.train_images, seen.test_images))
-        features[name] = bank, queries
+    figures, both = dict(settings), vision.features(encoder, sides, seen)
+    for name, (bank, queries) in both.items():
         found = {
             "rank": representation.effective_rank(queries),
             "rank about the mean": representation.effective_rank(queries - queries.mean(axis=0)),
@@ -45,8 +41,7 @@ def write(
     figures |= {"width": encoder.width, "rank of width %": 100 * figures["rank"] / encoder.width}
     record.report(figures)
     draw_course(records.read_metrics(record.folder / "metrics.jsonl"), record.folder / "loss.png")
-    bank, queries = features[""]
-    draw_neighbours(seen, bank, queries, record.folder / "neighbours.png")
+    vision.draw_neighbours(seen, *both[""], record.folder / "neighbours.png")
     draw_blocks(seen.test_images[:6], encoder, record.folder / "blocks.png")
     print(records.table(figures))
 
@@ -62,22 +57,6 @@ def draw_course(rows: list[dict[str, Any]], path: str | os.PathLike[str]) -> Non
         axes.grid(alpha=0.25)
     below.set_xlabel("steps")
     figure.savefig(path, dpi=130)
-
-
-def draw_neighbours(
-    seen: images.Images,
-    bank: Float[np.ndarray, "train D"],
-    queries: Float[np.ndarray, "test D"],
-    path: str | os.PathLike[str],
-) -> None:
-    """Draws test images, one of each of ten classes, and the training images nearest to each."""
-    _, chosen = np.unique(seen.test_labels, return_index=True)
-    chosen = chosen[:10] if seen.label_names else np.arange(min(10, len(queries)))
-    count = min(_NEIGHBOURS, len(bank))
-    _, places = representation.nearest(bank, queries[chosen], count)
-    grid = np.concatenate([seen.test_images[chosen][:, None], seen.train_images[places]], axis=1)
-    columns = ("image", *(str(n + 1) for n in range(count)))
-    pictures.image_grid(grid, path, (), columns, "Test images and the nearest of the others")
 
 
 def draw_blocks(

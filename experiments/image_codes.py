@@ -1,7 +1,9 @@
 """Tokenizers for experiments on the codes of images: trained on images of any size, or loaded."""
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from jaxformer.tokenizers.vq import VQTokenizer
 from jaxformer.training import data, loop, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
-from jaxformer.typing import UInt8
+from jaxformer.typing import Array, Float, PyTree, UInt8
 
 
 class CodesError(ValueError):
@@ -85,31 +87,68 @@ def train(
     The folder then holds the tokenizer, as `tokenizers.vq.load(folder / "tokenizer")` reads it.
     """
     model = cfg.model(images.shape[1:3], images.shape[3])
-    variance = float(np.var(images / np.float32(255)))
+    found = fit(
+        model,
+        cfg,
+        {"images": images},
+        lambda batch: vision.light(batch["images"]),
+        float(np.var(images / np.float32(255))),
+        seed,
+        devices,
+        folder,
+        meaning=dataclasses.asdict(cfg) | {"seed": seed},
+        log_every=100,
+    )
+    if found is None:
+        return None
+    found.save(folder / "tokenizer")
+    return vq.load(folder / "tokenizer")
 
-    def loss(params, batch, key):
-        found: Any = model.apply(params, vision.light(batch["images"]), train=True)
+
+def fit(
+    model: VQVAE,
+    cfg: Any,
+    arrays: dict[str, np.ndarray],
+    draw: Callable[[PyTree], Float[Array, "B height width C"]],
+    variance: float,
+    seed: int,
+    devices: Mesh,
+    folder: str | os.PathLike[str],
+    **options: Any,
+) -> VQTokenizer | None:
+    """Trains a tokenizer to the end, or until a signal; returns None after a signal.
+
+    Args:
+        model: Whose quantiser draws nothing and keeps nothing, such as FSQ.
+        cfg: With `steps`, `batch` and `learning_rate`, for the run's `config.json`.
+        arrays: What batches are rows of.
+        draw: Makes the images of a batch, from 0 to 1.
+        variance: Of these, of which the error is told as a share.
+        seed: Of everything random.
+        devices: To train on.
+        folder: For the run.
+        **options: For `loop.train`.
+    """
+
+    def loss(params: PyTree, batch: PyTree, key: Array) -> tuple[Array, dict]:
+        found: Any = model.apply(params, draw(batch), train=True)
         figures = {"distortion": found.distortion, "perplexity": found.perplexity}
-        return found.distortion / variance, figures
+        return found.distortion / variance + found.quantizer_loss, figures
 
     warmup = min(100, cfg.steps - 1)
     rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=warmup)
     optimizer = optimizers.adamw(rate, weight_decay=0.0)
-    key = jax.random.key(seed)
-    params = jax.jit(model.init)(key, jnp.zeros((1, *images.shape[1:])))
+    key, size = jax.random.key(seed), (*model.config.size, model.config.channels)
+    params = jax.jit(model.init)(key, jnp.zeros((1, *size)))
     with run.Run(folder) as record:
         last = loop.train(
             TrainState.create(params, optimizer, key),
             jit_step(make_train_step(loss, optimizer), devices),
-            data.InMemory({"images": images}, cfg.batch, seed),
+            data.InMemory(arrays, cfg.batch, seed),
             record,
             steps=cfg.steps,
             config=cfg,
-            meaning=dataclasses.asdict(cfg) | {"seed": seed},
             units_per_step=cfg.batch,
-            log_every=100,
+            **options,
         )
-        if last is None:
-            return None
-        VQTokenizer(model, jax.device_get(last.params)).save(folder / "tokenizer")
-    return vq.load(folder / "tokenizer")
+    return None if last is None else VQTokenizer(model, jax.device_get(last.params))

@@ -86,10 +86,9 @@ class Config:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        least = {"context": report.READ, "ahead": 1, "steps": 2, "batch": 2, "save_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        run.check_least(
+            self, context=report.READ, ahead=1, steps=2, batch=2, save_every=1, log_every=1
+        )
         if self.box.side != self.model.side:
             object.__setattr__(self, "box", dataclasses.replace(self.box, side=self.model.side))
 

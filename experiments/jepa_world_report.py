@@ -4,9 +4,7 @@ Ridge regression reads the ball's state from the last `READ` vectors. It is fitt
 the teacher gives to true frames, and then reads what was told without any.
 """
 
-import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,17 +55,6 @@ def rollouts(
     return {"seen": np.asarray(encode(model, teacher, frames)), **joined}
 
 
-def fit_probe(
-    features: Float[np.ndarray, "*B D"], targets: Float[np.ndarray, "*B Y"], *, l2: float = 1e-3
-) -> Callable[[Float[np.ndarray, "*B D"]], Float[np.ndarray, "*B Y"]]:
-    """Fits ridge regression in closed form, to channels of mean 0 and variance 1."""
-    x, y = features.reshape(-1, features.shape[-1]), targets.reshape(-1, targets.shape[-1])
-    mean, deviation, offset = x.mean(axis=0), x.std(axis=0) + 1e-6, y.mean(axis=0)
-    x = (x - mean) / deviation
-    kernel = np.linalg.solve(x.T @ x + l2 * len(x) * np.eye(x.shape[1]), x.T @ (y - offset))
-    return lambda features: (features - mean) / deviation @ kernel + offset
-
-
 def read(
     told: dict[str, Vectors], states: States, context: int
 ) -> dict[str, Float[np.ndarray, "B horizon 4"]]:
@@ -77,7 +64,8 @@ def read(
     """
     half = len(states) // 2
     seen = _windows(told["seen"][:half])
-    probe = fit_probe(seen, states[:half, READ - 1 :])
+    truth = states[:half, READ - 1 :]
+    probe = representation.fit_ridge(*(x.reshape(-1, x.shape[-1]) for x in (seen, truth)))
     start = context - READ
     found = {name: probe(_windows(x[half:])[:, start:]) for name, x in told.items()}
     found["persistence"] = np.repeat(found["JEPA"][:, :1], FAR + 1, axis=1)
@@ -118,9 +106,7 @@ def write(
     draw_strip(frames[len(states) // 2 :, context - 1 :], found, folder / "strip.png")
     rows = records.read_metrics(folder / "metrics.jsonl")
     pictures.loss_curve(rows, folder / "loss.png", evaluations=("error",), unit="loss")
-    for name, value in json.loads((folder / "report.json").read_text()).items():
-        if not isinstance(value, list):
-            print(f"{name:33} {value:.4g}")
+    print(records.table({name: x for name, x in figures.items() if np.ndim(x) == 0}))
 
 
 def draw_curves(curves: dict[str, np.ndarray], path: pathlib.Path) -> None:

@@ -80,9 +80,7 @@ class Config:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
 
 
 def make_loss(cfg: Config, model: MAE, train: bool):
@@ -108,10 +106,8 @@ def train(
     rates = (cfg.learning_rate, cfg.adam_learning_rate)
     optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
     key, few = jax.random.key(cfg.seed), {"images": jnp.asarray(seen.test_images[:500])}
-    test, params = (
-        make_loss(cfg, model, False),
-        vision.create(model, model.config.encoder, cfg.seed),
-    )
+    encoder = model.config.encoder
+    test, params = make_loss(cfg, model, False), vision.create(model, encoder, cfg.seed)
     measure = jax.jit(lambda params: {"test_loss": test(params, few, key)[0]})
     state = loop.train(
         TrainState.create(params, optimizer, key),

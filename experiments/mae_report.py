@@ -32,9 +32,7 @@ def write(
         split: Which patches to hide of the first test images, for the pictures.
     """
     figures, encoder, count = dict(settings), model.config.encoder, split.mask.shape[1]
-    read = vision.pooled(encoder)
-    for name, params in zip(("", "untrained, "), sides):
-        features = (read(params, x) for x in (seen.train_images, seen.test_images))
+    for name, features in vision.features(encoder, sides, seen).items():
         figures |= {name + key: value for key, value in vision.judge(seen, *features).items()}
     shown = split.shown.shape[1]
     part, whole = (operations(model, sides[0], n) for n in (shown, count))
@@ -48,10 +46,7 @@ def write(
     few = seen.test_images[: len(split.mask)]
     grey = pictures.hide(few / 255, np.asarray(split.mask), (encoder.patch[0], encoder.patch[1]))
     filled = np.asarray(fill(model, sides[0], jnp.asarray(few), split))
-    labels, title = (
-        ("image", "shown", "filled"),
-        "Filled with each patch's own mean and deviation",
-    )
+    labels, title = ("image", "shown", "filled"), "Filled with each patch's mean and deviation"
     grid = np.stack([few / 255, grey, filled])
     pictures.image_grid(grid, record.folder / "filled.png", labels, (), title)
     print(records.table(figures))

@@ -92,9 +92,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, least in {"context": 3, "steps": 1, "batch": 1, "save_every": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        run.check_least(self, context=3, steps=1, batch=1, save_every=1)
         for name, kind in _OPTIONS.items():
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for {kind}, not for {self.kind}.")

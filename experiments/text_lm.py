@@ -82,10 +82,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        least = {"context": 4, "steps": 1, "minutes": 0, "batch": 1, "save_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        run.check_least(self, context=4, steps=1, minutes=0, batch=1, save_every=1)
 
     def meaning(self, text: texts.Text) -> dict[str, Any]:
         """The settings, and a number for the text, that the numbers of a checkpoint depend on."""

@@ -100,10 +100,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        least = {"bpe": 257, "each": 1, "steps": 1, "batch": 1, "save_every": 1, "log_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        run.check_least(self, bpe=257, each=1, steps=1, batch=1, save_every=1, log_every=1)
         for name in ("text_weight", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")

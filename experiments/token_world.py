@@ -80,10 +80,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        least = {"context": 1, "ahead": 1, "steps": 2, "batch": 1, "save_every": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        run.check_least(self, context=1, ahead=1, steps=2, batch=1, save_every=1, log_every=1)
         self.tokenizer.model(self.box.side)
 
     def meaning(self) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """What a world model of tokens foresees: the second half of `experiments/token_world.py`."""
 
 import functools
-import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from matplotlib.figure import Figure
 
 from experiments import ball
-from jaxformer.generation import decode, samplers
+from jaxformer.generation import decode, guidance, samplers
 from jaxformer.models.decoder import Decoder
 from jaxformer.tokenizers.image import ImageTokenizer
 from jaxformer.training import pictures, records, run
@@ -42,9 +42,9 @@ def roll_out(
     codes = model.config.vocab_size - len(ball.PUSHES)
     batch, steps = actions.shape
 
-    def of_frames(tokens: Array, cache: Any, **kwargs: Any) -> tuple[Array, Any]:
-        logits, cache = model.apply(params, tokens, cache, **kwargs)
-        return logits[..., :codes], cache
+    of_frames = guidance.restricted(
+        Partial(model.apply, params), jnp.arange(model.config.vocab_size) < codes
+    )
 
     def tell(cache: Any, prompt: Array) -> tuple[Any, Array]:
         options: Any = {"sample": samplers.greedy(), "key": jax.random.key(0)}
@@ -114,9 +114,7 @@ def write(
     draw_rollouts(shown, folder / "rollouts.png")
     lines = records.read_metrics(folder / "metrics.jsonl")
     pictures.loss_curve(lines, folder / "loss.png", unit="nats per token")
-    for name, value in json.loads((folder / "report.json").read_text()).items():
-        if not isinstance(value, list):
-            print(f"{name:33} {value:.4g}")
+    print(records.table({name: x for name, x in figures.items() if np.ndim(x) == 0}))
 
 
 def draw_errors(errors: dict[str, np.ndarray], path: pathlib.Path) -> None:

@@ -84,9 +84,8 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("longest", "tests", "beams", "steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        run.check_least(self, longest=1, tests=1, beams=1)
+        run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
 
     def meaning(self, pairs: Pairs) -> dict[str, Any]:
         """The settings, and a number for the pairs, that the numbers of a checkpoint depend on."""

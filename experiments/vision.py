@@ -18,6 +18,9 @@ from jaxformer.ops import linear
 from jaxformer.training import images, pictures
 from jaxformer.typing import Array, Float, PyTree, Shaped, UInt8
 
+Features = Float[np.ndarray, "images D"]
+_NEIGHBOURS = 8
+
 
 def light(pixels: UInt8[Array, "*B height width C"]) -> Float[Array, "*B height width C"]:
     """Turns bytes into numbers from 0 (black) to 1 (white)."""
@@ -61,10 +64,13 @@ def settled(config: ViTConfig, seen: images.Images) -> ViTConfig:
     return dataclasses.replace(config, size=(height, width), channels=channels)
 
 
-def create(model: nn.Module, config: ViTConfig, seed: int) -> PyTree:
-    """Draws the parameters of a model of images, of patches to see, and of patches to predict."""
+def create(model: nn.Module, config: ViTConfig, seed: int, *, places: int = 2) -> PyTree:
+    """Draws the parameters of a model of images and of numbers of patches, so many arrays of these.
+
+    Two are those of patches to see and of patches to predict.
+    """
     start, patch = jnp.zeros((1, *config.size, config.channels)), jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), start, patch, patch)
+    return jax.jit(model.init)(jax.random.key(seed), start, *[patch] * places)
 
 
 def meaning(cfg: Any, seen: images.Images) -> dict[str, Any]:
@@ -89,6 +95,23 @@ def pooled(
         return model.apply({"params": params["params"]["encoder"]}, x, method="pooled")
 
     return reader(apply)
+
+
+def features(
+    config: ViTConfig, sides: tuple[PyTree, PyTree], seen: images.Images
+) -> dict[str, tuple[Features, Features]]:
+    """Reads training and test images by parameters after training ("") and before ("untrained, ").
+
+    Args:
+        config: Of the encoder.
+        sides: Parameters after training, and before.
+        seen: The images.
+    """
+    read = pooled(config)
+    return {
+        name: (read(params, seen.train_images), read(params, seen.test_images))
+        for name, params in zip(("", "untrained, "), sides)
+    }
 
 
 def judge(
@@ -127,3 +150,19 @@ def draw_attention(
     names = ["image", *(f"layer {n + 1}" for n in range(len(layers)))]
     title = "What the class token reads, mean of the heads"
     pictures.image_grid(np.stack([plain, *layers]), path, names, (), title)
+
+
+def draw_neighbours(
+    seen: images.Images,
+    bank: Float[np.ndarray, "train D"],
+    queries: Float[np.ndarray, "test D"],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws test images, one of each of ten classes, and the training images nearest to each."""
+    _, chosen = np.unique(seen.test_labels, return_index=True)
+    chosen = chosen[:10] if seen.label_names else np.arange(min(10, len(queries)))
+    count = min(_NEIGHBOURS, len(bank))
+    _, places = representation.nearest(bank, queries[chosen], count)
+    grid = np.concatenate([seen.test_images[chosen][:, None], seen.train_images[places]], axis=1)
+    columns = ("image", *(str(n + 1) for n in range(count)))
+    pictures.image_grid(grid, path, (), columns, "Test images and the nearest of the others")

@@ -10,6 +10,7 @@ five epochs, tell 99.2 % of the test images (seed 0), at 930 images a second on 
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -36,6 +37,8 @@ from jaxformer.training import (
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, Float, Key, PyTree
+
+Scores = Callable[[PyTree, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +86,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
 
 
 def distorted(
@@ -119,13 +120,12 @@ def make_loss(cfg: Config, model: ViT):
 
 
 def train(
-    cfg: Config, model: ViT, seen: images.Images, devices: Mesh, record: run.Run
+    cfg: Config, model: ViT, seen: images.Images, scores: Scores, devices: Mesh, record: run.Run
 ) -> PyTree | None:
     """Trains to the end, or until a signal; returns the parameters, or None after a signal."""
     rates = (cfg.learning_rate, cfg.adam_learning_rate)
     optimizer = optimizers.muon_cosine(*rates, cfg.steps, warmup=cfg.warmup)
     arrays = {"images": seen.train_images, "labels": seen.train_labels}
-    scores = vision.reader(lambda params, x: model.apply(params, x, method="logits"))
 
     @jax.jit
     def create(key: Array) -> TrainState:
@@ -174,11 +174,11 @@ def main(cfg: Config) -> int:
         raise ValueError(f"{cfg.data}: the images have no classes to tell apart.")
     config = dataclasses.replace(cfg.model, num_classes=len(seen.label_names))
     model = ViT(vision.settled(config, seen), project=linear.project_input_first)
+    scores = vision.reader(lambda params, x: model.apply(params, x, method="logits"))
     with run.Run(cfg.run) as record:
-        params = train(cfg, model, seen, devices, record)
+        params = train(cfg, model, seen, scores, devices, record)
         if params is None:
             return 0
-        scores = vision.reader(lambda params, x: model.apply(params, x, method="logits"))
         said = scores(params, seen.test_images).argmax(axis=-1)
         report: dict[str, Any] = {"data": seen.origin, "steps": cfg.steps, "test images": len(said)}
         report["parameters"] = optax.tree.size(params)

@@ -82,9 +82,7 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("width", "steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        run.check_least(self, width=1, steps=1, batch=1, save_every=1, log_every=1)
         self.model()
 
     def meaning(self) -> dict[str, Any]:

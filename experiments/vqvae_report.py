@@ -65,8 +65,7 @@ def write(
     log = records.read_metrics(record.folder / "metrics.jsonl")
     curve = {"train": "distortion", "evaluations": ["test_distortion"]}
     pictures.loss_curve(log, record.folder / "loss.png", **curve, unit="square error of a pixel")
-    for name, value in report.items():
-        print(f"{name:26}{value:.4g}" if isinstance(value, float) else f"{name:26}{value}")
+    print(records.table(report))
     print(f"tokenizer, pictures and report: {record.folder}")
 
 

@@ -4,6 +4,7 @@ Features are one row of D numbers for each image, arrays of NumPy or JAX. Nothin
 model that made them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -199,6 +200,25 @@ def fit_logistic(
     return jax.jit(lambda start: jax.lax.while_loop(unfinished, improve, start))(start)[0]
 
 
+def fit_ridge(
+    features: Features,
+    targets: Float[Array, "B V"] | Float[np.ndarray, "B V"],
+    *,
+    l2: float = 1e-3,
+) -> Callable[[Float[np.ndarray, "*T D"]], Float[np.ndarray, "*T V"]]:
+    """Fits ridge regression, and returns the function that tells targets from features.
+
+    Features are brought to mean 0 and variance 1 in each channel; the mean squared error plus `l2`
+    times the squared weights is minimised in closed form, in float64.
+    """
+    x, y = np.asarray(features, np.float64), np.asarray(targets, np.float64)
+    mean, deviation = _scale(x)
+    x, offset = (x - mean) / deviation, y.mean(axis=0)
+    penalty = l2 * len(x) * np.eye(x.shape[1])
+    kernel = np.linalg.solve(x.T @ x + penalty, x.T @ (y - offset))
+    return lambda other: (other - mean) / deviation @ kernel + offset
+
+
 def ridge_probe(
     features: Features,
     targets: Float[Array, "B V"] | Float[np.ndarray, "B V"],
@@ -207,20 +227,12 @@ def ridge_probe(
     *,
     l2: float = 1e-3,
 ) -> Float[np.ndarray, "V"]:
-    """Measures how much of each held-out target's variance ridge regression on features explains.
-
-    Features are brought to mean 0 and variance 1 in each channel; the mean squared error plus `l2`
-    times the squared weights is minimised in closed form, in float64.
+    """Measures how much of each held-out target's variance `fit_ridge` explains.
 
     Returns:
         R² of each target: 1 for perfect guesses, 0 for the held-out mean, negative for worse.
     """
-    x, y = np.asarray(features, np.float64), np.asarray(targets, np.float64)
-    mean, deviation = _scale(x)
-    x, offset = (x - mean) / deviation, y.mean(axis=0)
-    penalty = l2 * len(x) * np.eye(x.shape[1])
-    kernel = np.linalg.solve(x.T @ x + penalty, x.T @ (y - offset))
-    found = (np.asarray(held_out, np.float64) - mean) / deviation @ kernel + offset
+    found = fit_ridge(features, targets, l2=l2)(np.asarray(held_out))
     truth = np.asarray(held_out_targets, np.float64)
     return 1 - np.square(truth - found).mean(axis=0) / truth.var(axis=0)
 

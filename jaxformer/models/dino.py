@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxformer.layers.linear import Dense
 from jaxformer.models.vit import ViT, ViTConfig
-from jaxformer.ops import activations, attention, linear
+from jaxformer.ops import activations, attention, linear, patch_masks
 from jaxformer.typing import Array, Float, Int
 
 _INIT = nn.initializers.truncated_normal(0.02)
@@ -122,8 +122,7 @@ class DINO(nn.Module):
         x = self.encode(images, **kwargs)
         scored = None
         if patches is not None:
-            chosen = x[:, self.config.encoder.prefix :]
-            chosen = jnp.take_along_axis(chosen, patches[..., None], axis=1)
+            chosen = patch_masks.gather_patches(x[:, self.config.encoder.prefix :], patches)
             head = self.head if self.config.shared else self.patch_head
             scored = head(chosen)
         return DINOLogits(self.head(x[:, 0]), scored, x[:, 0])

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxformer.models.predictor import Predictor, PredictorConfig
 from jaxformer.models.vit import ViT, ViTConfig
-from jaxformer.ops import attention, linear
+from jaxformer.ops import attention, linear, patch_masks
 from jaxformer.typing import Array, Float, Int
 
 
@@ -82,7 +82,7 @@ class MAE(nn.Module):
         seen = self.encoder(images, keep=keep, train=train)
         told = self.decoder(seen, keep, hide, train=train)
         order = jnp.argsort(jnp.concatenate([keep, hide], axis=1), axis=1)
-        return jnp.take_along_axis(told, order[..., None], axis=1)
+        return patch_masks.gather_patches(told, order)
 
     def encode(self, images: Float[Array, "B *size C"], **kwargs: Any) -> Float[Array, "B T D"]:
         """What the encoder makes of an image; takes what `ViT` takes."""

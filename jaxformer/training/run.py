@@ -42,6 +42,17 @@ class FolderInUse(RuntimeError):
     """Another process writes to the same run folder."""
 
 
+def check_least(config: Any, **least: int) -> None:
+    """Refuses settings below what makes sense: `check_least(self, steps=1, batch=2)`.
+
+    Raises:
+        ValueError: If an attribute of `config` is less; names it.
+    """
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name} must be at least {value}, got {getattr(config, name)}.")
+
+
 def check_finite(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Fetches scalars from the device, waiting for them, and returns them as numbers.
 

@@ -2,6 +2,7 @@
 
 import signal
 
+import numpy as np
 import pytest
 
 from jaxformer.training import mesh, run
@@ -14,6 +15,15 @@ def untouched():
         patch.setattr(run, "enable_compile_cache", lambda: None)
         patch.setattr(mesh, "keep_host_memory", lambda: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Images of nothing, of two classes."""
+    path = tmp_path_factory.mktemp("images") / "noise.npz"
+    x = np.random.default_rng(0).integers(0, 256, (80, 28, 20)).astype(np.uint8)
+    np.savez(path, x=x, y=np.arange(80) % 2, label_names=np.array(["one", "other"]))
+    return f"npz:{path}"
 
 
 @pytest.fixture

@@ -26,15 +26,6 @@ cut = jax.jit(dino_views.crops, static_argnums=0)
 CENTRE = dino_loss.Objective("centre", ibot=0.7, koleo=0.3)
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    """Images of nothing, of two classes."""
-    path = tmp_path_factory.mktemp("images") / "noise.npz"
-    x = np.random.default_rng(0).integers(0, 256, (80, 28, 20)).astype(np.uint8)
-    np.savez(path, x=x, y=np.arange(80) % 2, label_names=np.array(["one", "other"]))
-    return f"npz:{path}"
-
-
 def config(folder, origin, **changes):
     settings = {"run": str(folder), "data": origin, "model": MODEL, "views": VIEWS}
     settings |= {"loss": CENTRE, "steps": 10, "batch": 8, "warmup": 2, "save_every": 5}

@@ -18,15 +18,6 @@ from jaxformer.training.state import TrainState
 ENCODER = dataclasses.replace(ijepa._ENCODER, width=16, num_layers=1, num_heads=2, hidden=16)
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    """Images of nothing, of two classes."""
-    path = tmp_path_factory.mktemp("images") / "noise.npz"
-    x = np.random.default_rng(0).integers(0, 256, (80, 28, 20)).astype(np.uint8)
-    np.savez(path, x=x, y=np.arange(80) % 2, label_names=np.array(["one", "other"]))
-    return f"npz:{path}"
-
-
 def config(folder, origin, **changes):
     settings = {"run": str(folder), "data": origin, "encoder": ENCODER, "predictor": (8, 1, 2)}
     settings |= {"steps": 20, "batch": 16, "warmup": 2, "save_every": 10, "log_every": 5}

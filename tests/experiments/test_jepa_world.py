@@ -15,7 +15,6 @@ from experiments import jepa_world_report as report
 from experiments.jepa_world import Config
 from experiments.latent_world import LatentWorld, LatentWorldConfig, dream, encode
 from jaxformer.analysis import representation
-from jaxformer.training import mesh, run
 
 MODEL = LatentWorldConfig(side=12, patch=6, vector=7, width=8, num_layers=1, num_heads=2)
 TINY = Config(
@@ -26,8 +25,6 @@ TINY = Config(
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch):
     """Leaves this process's cache and memory as they are."""
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +40,6 @@ def finished(tmp_path_factory):
     """The folder of a whole run."""
     folder = tmp_path_factory.mktemp("jepa")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "enable_compile_cache", lambda: None)
-        patch.setattr(mesh, "keep_host_memory", lambda: None)
         patch.setattr(report, "unseen_flights", few)
         assert jepa_world.main(dataclasses.replace(TINY, run=str(folder), save_every=2)) == 0
     return folder

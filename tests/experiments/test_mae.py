@@ -26,15 +26,6 @@ def config(folder, origin, **changes):
 
 
 @pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    """Images of nothing, of two classes."""
-    path = tmp_path_factory.mktemp("images") / "noise.npz"
-    x = np.random.default_rng(0).integers(0, 256, (80, 28, 20)).astype(np.uint8)
-    np.savez(path, x=x, y=np.arange(80) % 2, label_names=np.array(["one", "other"]))
-    return f"npz:{path}"
-
-
-@pytest.fixture(scope="module")
 def whole(noise, untouched, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert mae.main(config(folder, noise)) == 0

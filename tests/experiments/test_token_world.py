@@ -17,7 +17,6 @@ from experiments.token_world import Config
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.models.vqvae import ViTCoder
-from jaxformer.training import mesh, run
 
 TINY = Config(
     box=ball.Box(side=16),
@@ -37,8 +36,6 @@ CODES = 6
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch):
     """Leaves this process's cache and memory as they are."""
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
     monkeypatch.setattr(report, "TESTS", 7)
 
 
@@ -47,8 +44,6 @@ def finished(tmp_path_factory):
     """The folder of a whole run."""
     folder = tmp_path_factory.mktemp("token")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "enable_compile_cache", lambda: None)
-        patch.setattr(mesh, "keep_host_memory", lambda: None)
         patch.setattr(report, "TESTS", 7)
         assert token_world.main(dataclasses.replace(TINY, run=str(folder))) == 0
     return folder

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import vit
 from jaxformer.models.vit import ViTConfig
-from jaxformer.training import checkpoint, images
+from jaxformer.training import checkpoint
 
 MODEL = ViTConfig((8, 12), (4, 4), 1, 16, 1, 2, 16, num_classes=2)
 
@@ -74,11 +75,11 @@ def test_changed_images_keep_their_labels_or_mix_them_alike(kind):
 def test_what_cannot_be_learned_is_refused(tmp_path):
     with pytest.raises(ValueError, match="steps must be at least 1"):
         config(tmp_path, "embedded", steps=0)
-    np.savez(tmp_path / "no.npz", x=np.zeros((20, 8, 12)), y=np.zeros(20, int))
-    named = images.load(f"npz:{tmp_path}/no.npz").label_names
-    if not named:
-        with pytest.raises(ValueError, match="no classes to tell apart"):
-            vit.main(config(tmp_path, f"npz:{tmp_path}/no.npz"))
+    (tmp_path / "unsorted").mkdir()
+    for n in range(20):
+        Image.fromarray(np.full((8, 12), n, np.uint8)).save(tmp_path / f"unsorted/{n}.png")
+    with pytest.raises(ValueError, match="no classes to tell apart"):
+        vit.main(config(tmp_path, f"folder:{tmp_path}/unsorted"))
     (tmp_path / "pictures").mkdir()
     with pytest.raises(FileNotFoundError, match="PNG or JPEG"):
         vit.main(config(tmp_path, f"folder:{tmp_path}/pictures"))

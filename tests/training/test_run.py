@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -315,3 +316,10 @@ def test_a_table_has_names_and_values_in_two_columns():
         "steps            4000",
     ]
     assert records.table({}) == ""
+
+
+def test_a_setting_below_the_least_is_named():
+    config = types.SimpleNamespace(steps=3, batch=1)
+    run.check_least(config, steps=3, batch=1)
+    with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
+        run.check_least(config, steps=3, batch=2)
