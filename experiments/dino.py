@@ -61,7 +61,8 @@ class Config:
         views: The crops.
         loss: What is learned.
         teacher: Share of itself that the teacher keeps at the first step, and at the last.
-        least_rank: Share of the encoder's width that the effective rank of class tokens must reach.
+        least_rank: How far the effective rank of class tokens must reach: 0 is one direction,
+            1 the whole width.
         steps: Training steps.
         batch: Images a step, of all devices together.
         learning_rate: Peak, for Muon: of the hidden matrices.

@@ -61,7 +61,8 @@ class Config:
         teacher: Share of itself that the teacher keeps at the first step, and at the last.
         variance: Weight of the variance term; 0 in I-JEPA.
         covariance: Weight of the covariance term; 0 in I-JEPA.
-        least_rank: Share of the encoder's width that the effective rank of its vectors must reach.
+        least_rank: How far the effective rank of its vectors must reach: 0 is one direction,
+            1 the whole width.
         steps: Training steps.
         batch: Images a step, of all devices together.
         learning_rate: Peak, for Muon: of the hidden matrices.

@@ -38,7 +38,7 @@ from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
 
-_LEAST_RANK = 0.2  # of the vectors' channels; two numbers say where the ball is
+_LEAST_RANK = 0.2  # of the way to all of the vectors' channels; two numbers say where the ball is
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ References:
 """
 
 import dataclasses
+import functools
 import sys
 import zlib
 from typing import Any
@@ -39,12 +40,12 @@ from experiments.image_codes import CodesError
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
-from jaxformer.ops import losses
+from jaxformer.ops import augment, losses
 from jaxformer.training import checkpoint, data, loop, mesh, optimizers, run
 from jaxformer.training.run import FolderInUse, TrainingDiverged
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
-from jaxformer.typing import PyTree
+from jaxformer.typing import Array, Int, Key, PyTree, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Config:
         model: Sizes of the model; vocabulary and length are settled by captions and codes.
         text_weight: Of the loss of the captions; that of the codes has the rest.
         drop: Probability of a caption to be left out.
+        moved: Copies of each image to learn from beside it, each moved by up to `shift` pixels and
+            tokenized anew.
+        shift: Of these, in pixels.
         scales: Of guidance, to be compared; 1 is none.
         scale: Of all other drawings.
         each: Digits drawn for each figure and each class.
@@ -86,6 +90,8 @@ class Config:
     )
     text_weight: float = 1 / 8
     drop: float = 0.1
+    moved: int = 0
+    shift: int = 2
     scales: tuple[float, ...] = (1.0, 2.0, 4.0)
     scale: float = 2.0
     each: int = 50
@@ -100,7 +106,8 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        run.check_least(self, bpe=257, each=1, steps=1, batch=1, save_every=1, log_every=1)
+        run.check_least(self, bpe=257, each=1, moved=0, shift=0)
+        run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
         for name in ("text_weight", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
@@ -116,17 +123,16 @@ class Config:
 def make_loss(cfg: Config, model: Decoder, length: int):
     """Nats per token: of captions, each with one `END`, and of codes, weighted.
 
-    A batch has `texts` (B K T) of which each image gets one, or none, and `codes` (B P).
+    A batch has `texts` (B K T) and `codes` (B M P); each image gets one of its texts, or none, and
+    one of its rows of codes.
     """
 
     def loss(params, batch, key):
-        choose, leave_out, drop = jax.random.split(key, 3)
-        count, several, _ = batch["texts"].shape
-        which = jax.random.randint(choose, (count, 1, 1), 0, several)
-        texts = jnp.take_along_axis(batch["texts"], which, axis=1)[:, 0]
-        none = jax.random.bernoulli(leave_out, cfg.drop, (count, 1))
+        choose, leave_out, drop, move = jax.random.split(key, 4)
+        texts, codes = one_of(choose, batch["texts"]), one_of(move, batch["codes"])
+        none = jax.random.bernoulli(leave_out, cfg.drop, (len(texts), 1))
         texts = jnp.where(none, END, texts)
-        known = report.sequence(texts, batch["codes"])
+        known = report.sequence(texts, codes)
         logits: Any = model.apply(params, known[:, :-1], train=True, rngs={"dropout": drop})
         nats = losses.cross_entropy(logits, known[:, 1:])
         told = (known[:, :length] != END).at[:, 0].set(True)
@@ -135,6 +141,21 @@ def make_loss(cfg: Config, model: Decoder, length: int):
         return whole, {"text": text, "image": image}
 
     return loss
+
+
+def one_of(key: Key[Array, ""], rows: Int[Array, "B K T"]) -> Int[Array, "B T"]:
+    """Draws one of K for each row."""
+    which = jax.random.randint(key, (len(rows), 1, 1), 0, rows.shape[1])
+    return jnp.take_along_axis(rows, which, axis=1)[:, 0]
+
+
+def looks(cfg: Config, pixels: UInt8[np.ndarray, "n H W C"], joint: Joint) -> np.ndarray:
+    """The codes (n M P) of images and of their moved copies, whose edges are drawn out."""
+    move = functools.partial(augment.random_crop, padding=cfg.shift, mode="edge")
+    ink, keys = captions.light(pixels), jax.random.split(jax.random.key(cfg.seed), cfg.moved)
+    copies = (np.asarray(jax.jit(move)(key, ink)) for key in keys)
+    codes = np.stack([joint.image.encode(x) for x in (ink, *copies)], axis=1)
+    return codes + joint.text.vocab_size
 
 
 def train(
@@ -146,7 +167,7 @@ def train(
     key = jax.random.key(cfg.seed)
     params = jax.jit(model.init)(key, jnp.zeros((1, joint.length + joint.codes), int))
     texts = np.stack([joint.read(several) for several in zip(*images.train_captions)], axis=1)
-    arrays = {"texts": texts, "codes": joint.look(images.train_images)}
+    arrays = {"texts": texts, "codes": looks(cfg, images.train_images, joint)}
     score = report.make_scorer(model, joint, devices)
     held_out = joint.read([c[-1] for c in images.test_captions]), joint.look(images.test_images)
     last = loop.train(

@@ -56,7 +56,8 @@ def check_collapse(features: Features, *, least: float = 0.05) -> float:
 
     Args:
         features: Of many different images.
-        least: Share of the lesser of B and D that the effective rank has to reach.
+        least: Share that the effective rank has to reach of the way from 1, where one direction is
+            all there is, to the lesser of B and D.
 
     Raises:
         Collapsed: If it does not, or a feature is not finite.
@@ -64,15 +65,17 @@ def check_collapse(features: Features, *, least: float = 0.05) -> float:
     if not np.isfinite(np.asarray(features)).all():
         raise Collapsed("features are not finite: lower the learning rate, or clip the gradient.")
     rank, most = effective_rank(features), min(features.shape)
-    if rank < least * most:
+    needed = 1 + least * (most - 1)
+    if rank < needed:
         raise Collapsed(
             f"the effective rank {rank:.2f} of B={features.shape[0]} features of "
-            f"D={features.shape[1]} is below {least:g} · {most} = {least * most:.2f} (their mean "
+            f"D={features.shape[1]} is below 1 + {least:g} · {most - 1} = {needed:.2f} (their mean "
             f"channel deviates by {channel_deviation(features).mean():.2g} of the mean square): "
-            "the representation has collapsed. Try a slower teacher (ema_decay nearer 1), targets "
-            "that are centred and sharper (a lower teacher temperature) or balanced by Sinkhorn, "
-            "more weight on koleo or on the variance and covariance terms, or a lower learning "
-            "rate; and see that no gradient reaches the targets."
+            "the representation has collapsed. Try a slower teacher (ema_decay nearer 1), more "
+            "weight on what keeps features apart (KoLeo, variance and covariance), or a lower "
+            "learning rate; where targets are probabilities, centre and sharpen them (a lower "
+            "temperature of the teacher) or balance them by Sinkhorn-Knopp; and see that no "
+            "gradient reaches the targets."
         )
     return rank
 

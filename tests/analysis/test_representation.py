@@ -54,11 +54,13 @@ def test_a_collapse_is_told_with_its_numbers_and_what_to_try():
     with pytest.raises(representation.Collapsed) as caught:
         representation.check_collapse(one)
     told = str(caught.value)
-    for part in ("rank 1.0", "B=60", "D=40", "0.05 · 40 = 2.00", "collapsed", "ema_decay", "koleo"):
+    for part in ("rank 1.0", "B=60", "D=40", "1 + 0.05 · 39 = 2.95", "collapsed", "ema_decay"):
         assert part in told
+    with pytest.raises(representation.Collapsed, match=r"rank 1\.0.* is below 1 \+ 0\.05 · 3"):
+        representation.check_collapse(one[:, :4])  # of few channels, too
     with pytest.raises(representation.Collapsed, match="not finite"):
         representation.check_collapse(np.where(np.arange(D) == 3, np.nan, X))
-    with pytest.raises(representation.Collapsed, match=r"0\.99 · 7"):
+    with pytest.raises(representation.Collapsed, match=r"0\.99 · 6"):
         representation.check_collapse(X, least=0.99)
 
 

@@ -150,8 +150,10 @@ def test_what_cannot_be_learned_is_refused(tmp_path):
 
 
 def test_without_a_centre_that_moves_the_run_collapses_and_says_so(noise, tmp_path):
-    loss = dino_loss.Objective("centre", momentum=1.0, temperatures=(1.0, 1.0), koleo=0.0)
-    cfg = config(tmp_path, noise, loss=loss, least_rank=0.3, steps=40, teacher=(0.5, 0.5))
-    cfg = dataclasses.replace(cfg, learning_rate=0.2, adam_learning_rate=0.2)
+    moving = dino_loss.Objective("centre", momentum=0.9)
+    still = dataclasses.replace(moving, momentum=1.0, temperatures=(1.0, 1.0), koleo=0.0)
+    rates = {"learning_rate": 0.2, "adam_learning_rate": 0.2, "steps": 40, "teacher": (0.5, 0.5)}
+    numbers = {"least_rank": 0.1, **rates}
+    assert dino.main(config(tmp_path / "moving", noise, loss=moving, **numbers)) == 0
     with pytest.raises(representation.Collapsed, match="the representation has collapsed"):
-        dino.main(cfg)
+        dino.main(config(tmp_path / "still", noise, loss=still, **numbers))

@@ -149,7 +149,7 @@ def test_the_loss_counts_one_end_of_a_caption_and_weighs_codes_seven_times(drop)
     cfg = text_to_image.Config(drop=drop)
     batch = {
         "texts": np.array([[[1, 2, 0, 0]], [[3, 0, 0, 0]]]),
-        "codes": np.array([[5, 6], [6, 4]]),
+        "codes": np.array([[[5, 6]], [[6, 4]]]),
     }
     loss = text_to_image.make_loss(cfg, stub, 4)
     found = jax.device_get(loss(None, jax.tree.map(jnp.asarray, batch), jax.random.key(0)))
@@ -161,6 +161,28 @@ def test_the_loss_counts_one_end_of_a_caption_and_weighs_codes_seven_times(drop)
     seen = [(0, 5), (5, 6), (0, 6), (6, 4)]
     assert found["image"] == pytest.approx(np.mean([nats[pair] for pair in seen]), rel=1e-5)
     assert whole == pytest.approx(found["text"] / 8 + found["image"] * 7 / 8, rel=1e-5)
+
+
+def test_an_image_is_learned_where_it_stands_and_moved():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 1)).astype(np.uint8)
+    stub = types.SimpleNamespace(encode=lambda x: np.rint(255 * x).astype(int).reshape(len(x), -1))
+    joint = types.SimpleNamespace(image=stub, text=types.SimpleNamespace(vocab_size=1000))
+    found = text_to_image.looks(text_to_image.Config(moved=3, shift=1), pixels, joint) - 1000
+    np.testing.assert_array_equal(found[:, 0], pixels.reshape(5, -1))
+    edges = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    shifts = [edges[:, y : y + 4, x : x + 3].reshape(5, -1) for y in range(3) for x in range(3)]
+    same = (found[:, 1:, None] == np.stack(shifts, axis=1)[:, None]).all(axis=-1)
+    assert same.any(axis=-1).all()
+    assert same.any(axis=(0, 1)).sum() > 4  # fifteen draws of nine shifts
+
+
+def test_each_image_gets_one_of_its_rows():
+    rows = jnp.arange(24).reshape(2, 4, 3)
+    keys = jax.random.split(jax.random.key(0), 64)
+    drawn = np.asarray(jax.vmap(text_to_image.one_of, (0, None))(keys, rows))
+    assert {tuple(row) for row in drawn[:, 0].tolist()} == {tuple(r) for r in rows[0].tolist()}
+    assert {tuple(row) for row in drawn[:, 1].tolist()} == {tuple(r) for r in rows[1].tolist()}
+    assert (drawn[:, 0, 0] // 3 != drawn[:, 1, 0] // 3 - 4).any()  # each its own
 
 
 def test_digits_are_judged_by_a_reader_by_stroke_and_by_slant(monkeypatch):
