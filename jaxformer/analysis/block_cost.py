@@ -65,7 +65,8 @@ def attention(config: "TransformerConfig") -> Attention:
         return _latent(config, config.latent)
     queries, keys = channels(config)
     weights = config.width * (queries + 2 * keys) + queries * config.width
-    biases = (queries + 2 * keys) * config.qkv_bias + config.width * config.out_bias
+    biases = (queries + keys + keys * config.key_bias) * config.qkv_bias
+    biases += config.width * config.out_bias
     normed = queries + keys if config.qk_norm == "whole" else 2 * config.head_dim
     return Attention(
         weights=weights,

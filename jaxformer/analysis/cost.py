@@ -3,7 +3,7 @@
 Nothing is run, traced or loaded: these are the formulas of a lecture, with D channels, N query and
 K key heads of H channels, F hidden channels, V tokens of the vocabulary, T tokens in a text. They
 are those of a `Decoder`, and of an `Encoder` that is asked for logits; `encoder_decoder_cost` has
-those of an `EncoderDecoder`, which is one of each and cross-attention.
+those of an `EncoderDecoder`, which is one of each and cross-attention, `vision_cost` of a `ViT`.
 
 Operations are those of matrix products, a multiplication and an addition each counting one: 2·I·O
 for each vector that goes through I × O weights. What is elementwise (norms, softmax, activations,
@@ -26,8 +26,8 @@ COUNTED = frozenset(
     """
     vocab_size width num_layers num_heads num_kv_heads head_dim hidden qk_norm dropout layer_scale
     tie_embeddings remat distinct_layers norm order first_norm final_norm positions max_length
-    position_offset token_types windows activation gated qkv_bias out_bias mlp_bias head_bias
-    head_transform softcap sinks embed_norm num_buckets experts latent
+    position_offset token_types windows activation gated qkv_bias key_bias out_bias mlp_bias
+    head_bias head_transform softcap sinks embed_norm num_buckets experts latent
     """.split()  # noqa: SIM905
 )
 WITHOUT_EFFECT = frozenset(

@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxformer.analysis import cost as costs
-from jaxformer.analysis import encoder_decoder_cost
-from jaxformer.models import published
+from jaxformer.analysis import encoder_decoder_cost, vision_cost
+from jaxformer.models import published, published_vision
 from jaxformer.models.transformer import TransformerConfig, refuse_beyond
+from jaxformer.models.vit import ViTConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Counts = Callable[[TransformerConfig, int, int, str], dict[str, Any]]
 Windows = Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS [TOKENS ...]")]
+Pixels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="PIXELS [PIXELS ...]")]
 _CONTEXT = 1024
 _OPERATIONS = {
     "forward": "forward",
@@ -83,13 +85,15 @@ class Use:
     Attributes:
         context: Tokens of a text, T, and of the cache; by default 1024, or as many as the model
             has positions if these are fewer.
-        batch: Texts.
+        size: Height and width of an image, after the frames of a clip; by default the model's.
+        batch: Texts, or images.
         dtype: Of parameters, activations and cache.
         remat: Whether training computes each block again.
         json: Numbers for programs, in place of the tables.
     """
 
     context: int | None = None
+    size: Pixels = ()
     batch: int = 1
     dtype: Dtype = "float32"
     remat: bool = False
@@ -159,9 +163,11 @@ def cost_of_published(model: Annotated[str, tyro.conf.Positional], use: Use) -> 
     """Counts parameters, operations and memory of a published model, without running it.
 
     Encoders are counted with logits. Encoder-decoders have sources and targets of the same length.
+    Models of images are counted with the head that they have, or none; of those that predict what
+    is hidden it is the encoder alone, which sees all.
 
     Args:
-        model: A name in `jaxformer.models.published`.
+        model: A name in `jaxformer.models.published` or `published_vision`.
     """
     kinds: dict[Counts, dict[str, TransformerConfig]] = {
         of_decoder: published.DECODERS,
@@ -171,13 +177,19 @@ def cost_of_published(model: Annotated[str, tyro.conf.Positional], use: Use) -> 
     for counts, models in kinds.items():
         if model in models:
             return show(counts, models[model], use)
-    names = ", ".join(name for models in kinds.values() for name in models)
+    seeing = published_vision.AUTOENCODERS | published_vision.PREDICTIVE
+    seeing = published_vision.ENCODERS | {name: x.encoder for name, x in seeing.items()}
+    if model in seeing:
+        return show_of_images(seeing[model], use)
+    names = ", ".join(name for models in (*kinds.values(), seeing) for name in models)
     raise ValueError(f"there is no model {model!r}; there are {names}.")
 
 
 def show(counts: Counts, config: TransformerConfig, use: Use) -> int:
     """Prints what a config costs, as counted for its kind of model."""
     context, batch = use.context, use.batch
+    if use.size:
+        raise ValueError("--size is of images, and this is a model of texts: say --context.")
     if context is None:
         context = min(_CONTEXT, config.max_length or _CONTEXT)
     for name, value in (("context", context), ("batch", batch)):
@@ -185,11 +197,33 @@ def show(counts: Counts, config: TransformerConfig, use: Use) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
     refuse_beyond(config, context, f"--context {context}")
     found = counts(dataclasses.replace(config, remat=use.remat), context, batch, use.dtype)
+    texts = "a text" if batch == 1 else f"{batch:,} texts"
+    more = ", and targets as long" if "begin" in found["operations"] else ""
+    return tell(found, f"{texts} of {context:,} tokens{more}", use)
+
+
+def show_of_images(config: ViTConfig, use: Use) -> int:
+    """Prints what a config of a ViT costs."""
+    size, batch = use.size or config.size, use.batch
+    if use.context is not None:
+        raise ValueError("--context is of texts, and this is a model of images: say --size.")
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}.")
+    tokens = vision_cost.tokens(config, size)
+    config = dataclasses.replace(config, remat=use.remat)
+    kind = "image" if len(size) == 2 else "clip"
+    some = f"{'an' if kind == 'image' else 'a'} {kind}" if batch == 1 else f"{batch:,} {kind}s"
+    of = "×".join(map(str, size))
+    return tell(of_vit(config, size, batch, use.dtype), f"{some} of {of}, {tokens:,} tokens", use)
+
+
+def tell(found: dict[str, Any], given: str, use: Use) -> int:
+    """Prints figures, which are those of what is `given`."""
     if use.json:
         print(json.dumps(found, indent=2))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in tables(found, context, batch, use.dtype):
+    for table in tables(found, given, use.dtype):
         console.print(table)
     if "crossover" in found:
         tokens = f"{found['crossover']:,.0f} tokens"
@@ -247,16 +281,30 @@ def of_encoder_decoder(
     }
 
 
+def of_vit(config: ViTConfig, size: tuple[int, ...], batch: int, dtype: str) -> dict[str, Any]:
+    """Those of a ViT."""
+    parameters = vision_cost.parameters(config)
+    activations = vision_cost.activation_bytes(config, batch, size=size, dtype=dtype).total
+    return {
+        "parameters": named(parameters),
+        "operations": {
+            "forward": named(vision_cost.forward(config, batch, size=size)),
+            "backward": named(vision_cost.backward(config, batch, size=size)),
+        },
+        "bytes": costs.adamw_bytes(parameters.total, dtype=dtype) | {"activations": activations},
+        "crossover": costs.crossover(config.trunk()),
+    }
+
+
 def named(parts: costs.Parts) -> dict[str, int]:
     """Parts by name, and their total."""
     return {**vars(parts), "total": parts.total}
 
 
-def tables(found: dict[str, Any], context: int, batch: int, dtype: str) -> list[Table]:
+def tables(found: dict[str, Any], given: str, dtype: str) -> list[Table]:
     """Draws parameters and operations by part, and bytes."""
-    texts, operations = "a text" if batch == 1 else f"{batch:,} texts", found["operations"]
-    more = ", and targets as long" if "begin" in operations else ""
-    parts = Table(title=f"Operations on {texts} of {context:,} tokens{more}")
+    operations = found["operations"]
+    parts = Table(title=f"Operations on {given}")
     parts.add_column("")
     parts.add_column("parameters", justify="right")
     for each in operations:

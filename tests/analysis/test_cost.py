@@ -118,6 +118,7 @@ CHANGES = {
     "positions": "none",
     "gated": False,
     "qkv_bias": True,
+    "key_bias": False,
     "out_bias": True,
     "mlp_bias": True,
     "sinks": True,

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxformer import cli
-from jaxformer.models import published
+from jaxformer.models import published, published_vision
 
 MODELS = pathlib.Path(__file__).parents[1] / "models"
 NUMBERS = (MODELS / "published.txt").read_text(encoding="utf-8")
@@ -93,6 +93,30 @@ def test_every_published_model_is_counted(cost, name):
     assert f"{name}: {number}" in NUMBERS.splitlines()
 
 
+@pytest.mark.parametrize("name", published_vision.ENCODERS)
+def test_every_published_encoder_of_images_is_counted(cost, name):
+    code, out, err = cost(name)
+    assert (code, err) == (0, "")
+    (number,) = re.search(r"total *│ *([\d,]+) ", out).groups()
+    assert f"{name}: {number}" in NUMBERS.splitlines()
+
+
+def test_images_of_other_sizes_and_clips_are_told_of(cost):
+    assert "Operations on an image of 518×518, 1,370 tokens" in cost("dinov2_b14")[1]
+    _, out, _ = cost("dinov2_b14", "--size", "28", "42", "--batch", "3")
+    assert "Operations on 3 images of 28×42, 7 tokens" in out
+    whole, four = (
+        json.loads(cost("vit_b16", "--json", *x)[1]) for x in ((), ("--batch", "4", "--remat"))
+    )
+    assert four["operations"]["forward"]["total"] == 4 * whole["operations"]["forward"]["total"]
+    assert four["bytes"]["activations"] < 4 * whole["bytes"]["activations"]
+    assert "Operations on a clip of 64×256×256, 8,192 tokens" in cost("v_jepa_2_l16")[1]
+    encoder = json.loads(cost("mae_b16", "--json")[1])["parameters"]["total"]
+    assert encoder == json.loads(cost("vit_b16", "--json")[1])["parameters"]["total"] - (
+        197 * 768 + 769 * 1000  # its positions are not learned, and it has no head
+    )
+
+
 def test_remat_keeps_less_of_a_published_decoder(cost):
     kept = [json.loads(cost("gpt2_124m", "--json", *x)[1])["bytes"] for x in ([], ["--remat"])]
     assert kept[1]["activations"] < kept[0]["activations"]
@@ -109,6 +133,11 @@ def test_remat_keeps_less_of_a_published_decoder(cost):
         (("--windows", "-1"), "windows must be positive"),
         (("gpt2_124m", "--context", "1025"), "--context 1025 exceeds the 1024 learned positions"),
         (("llama3_8b", "--context", "8193"), "--context 8193 exceeds the 8192 positions"),
+        (("gpt2_124m", "--size", "224", "224"), "--size is of images"),
+        (("vit_b16", "--context", "8"), "--context is of texts"),
+        (("vit_b16", "--batch", "0"), "--batch must be at least 1, got 0"),
+        (("vit_b16", "--size", "224", "225"), "225"),
+        (("vit_b16", "--size", "224"), "224"),
         (("gpt2", "--json"), "there is no model 'gpt2'; there are gpt2_124m, gpt2_355m, "),
     ],
 )
