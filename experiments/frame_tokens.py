@@ -10,6 +10,7 @@ from experiments import ball, image_codes
 from jaxformer.layers import quantize
 from jaxformer.models.vqvae import VQVAE, ViTCoder, VQVAEConfig
 from jaxformer.tokenizers.vq import VQTokenizer
+from jaxformer.training import run
 from jaxformer.typing import Int
 
 
@@ -54,18 +55,19 @@ def train(
         folder: For the run.
     """
     frames = ball.render(box, jnp.asarray(states[:1024, :2]))
-    return image_codes.fit(
-        cfg.model(box.side),
-        cfg,
-        {"states": states},
-        lambda batch: ball.render(box, batch["states"][:, :2]),
-        float(frames.var()),
-        seed,
-        devices,
-        folder,
-        meaning=dataclasses.asdict(cfg) | {"box": dataclasses.asdict(box), "seed": seed},
-        unit="frames",
-    )
+    with run.Run(folder) as record:
+        return image_codes.fit(
+            cfg.model(box.side),
+            cfg,
+            {"states": states},
+            lambda batch, _: ball.render(box, batch["states"][:, :2]),
+            float(frames.var()),
+            seed,
+            devices,
+            record,
+            meaning=dataclasses.asdict(cfg) | {"box": dataclasses.asdict(box), "seed": seed},
+            unit="frames",
+        )
 
 
 def to_sequence(

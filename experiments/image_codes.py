@@ -1,7 +1,6 @@
 """Tokenizers for experiments on the codes of images: trained on images of any size, or loaded."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -86,69 +85,103 @@ def train(
 
     The folder then holds the tokenizer, as `tokenizers.vq.load(folder / "tokenizer")` reads it.
     """
-    model = cfg.model(images.shape[1:3], images.shape[3])
-    found = fit(
-        model,
-        cfg,
-        {"images": images},
-        lambda batch: vision.light(batch["images"]),
-        float(np.var(images / np.float32(255))),
-        seed,
-        devices,
-        folder,
-        meaning=dataclasses.asdict(cfg) | {"seed": seed},
-        log_every=100,
-    )
+    with run.Run(folder) as record:
+        found = fit(
+            cfg.model(images.shape[1:3], images.shape[3]),
+            cfg,
+            {"images": images},
+            lambda batch, _: vision.light(batch["images"]),
+            variance(images),
+            seed,
+            devices,
+            record,
+            meaning=dataclasses.asdict(cfg) | {"seed": seed},
+            log_every=100,
+        )
     if found is None:
         return None
     found.save(folder / "tokenizer")
     return vq.load(folder / "tokenizer")
 
 
+def variance(images: UInt8[np.ndarray, "n height width C"]) -> float:
+    """The variance of a pixel, from 0 to 1, over images."""
+    return float(np.var(images / np.float32(255)))
+
+
 def fit(
     model: VQVAE,
     cfg: Any,
     arrays: dict[str, np.ndarray],
-    draw: Callable[[PyTree], Float[Array, "B height width C"]],
+    draw: Callable[[PyTree, Array], Float[Array, "B height width C"]],
     variance: float,
     seed: int,
     devices: Mesh,
-    folder: str | os.PathLike[str],
+    record: run.Run,
+    *,
+    test: Float[np.ndarray, "n height width C"] | None = None,
+    anneal: Callable[[Array], dict[str, Any]] = lambda step: {},
+    spread: Callable[..., Any] = jit_step,
+    warmup: int = 100,
     **options: Any,
 ) -> VQTokenizer | None:
     """Trains a tokenizer to the end, or until a signal; returns None after a signal.
 
+    The loss is the square error as a share of the variance, and what the quantiser adds to it.
+
     Args:
-        model: Whose quantiser draws nothing and keeps nothing, such as FSQ.
+        model: With any quantiser.
         cfg: With `steps`, `batch` and `learning_rate`, for the run's `config.json`.
         arrays: What batches are rows of.
-        draw: Makes the images of a batch, from 0 to 1.
-        variance: Of these, of which the error is told as a share.
+        draw: Makes the images of a batch, from 0 to 1, with a key for what is random.
+        variance: Of these.
         seed: Of everything random.
         devices: To train on.
-        folder: For the run.
+        record: Of the run.
+        test: Images whose error is measured at each checkpoint.
+        anneal: Makes options of the quantiser, such as a temperature, from the number of the step.
+        spread: What spreads a step over devices, `jit_step` or `pmap_step`.
+        warmup: Steps to the peak of the learning rate.
         **options: For `loop.train`.
     """
 
-    def loss(params: PyTree, batch: PyTree, key: Array) -> tuple[Array, dict]:
-        found: Any = model.apply(params, draw(batch), train=True)
+    def loss(params: PyTree, batch: PyTree, key: Array, state: TrainState) -> tuple[Array, Any]:
+        move, choose = jax.random.split(key)
+        found, extra = model.apply(
+            {"params": params, **(state.extra or {})},
+            draw(batch, move),
+            train=True,
+            rngs={"quantizer": choose},
+            mutable=["codebook"],
+            **anneal(state.step),
+        )
         figures = {"distortion": found.distortion, "perplexity": found.perplexity}
-        return found.distortion / variance + found.quantizer_loss, figures
+        return found.distortion / variance + found.quantizer_loss, (figures, extra)
 
-    warmup = min(100, cfg.steps - 1)
-    rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=warmup)
+    @jax.jit
+    def measure(variables: PyTree, images: Array) -> dict[str, Array]:
+        found: Any = model.apply(variables, images)
+        return {"test_distortion": found.distortion, "test_perplexity": found.perplexity}
+
+    rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=min(warmup, cfg.steps - 1))
     optimizer = optimizers.adamw(rate, weight_decay=0.0)
     key, size = jax.random.key(seed), (*model.config.size, model.config.channels)
-    params = jax.jit(model.init)(key, jnp.zeros((1, *size)))
-    with run.Run(folder) as record:
-        last = loop.train(
-            TrainState.create(params, optimizer, key),
-            jit_step(make_train_step(loss, optimizer), devices),
-            data.InMemory(arrays, cfg.batch, seed),
-            record,
-            steps=cfg.steps,
-            config=cfg,
-            units_per_step=cfg.batch,
-            **options,
-        )
-    return None if last is None else VQTokenizer(model, jax.device_get(last.params))
+    start = dict(jax.jit(model.init)(key, jnp.zeros((1, *size))))
+    if test is not None:
+        options["evaluate"] = lambda state: measure(_variables(state), test)
+    last = loop.train(
+        TrainState.create(start.pop("params"), optimizer, key, extra=start),
+        spread(make_train_step(loss, optimizer, stateful=True), devices),
+        data.InMemory(arrays, cfg.batch, seed),
+        record,
+        steps=cfg.steps,
+        config=cfg,
+        units_per_step=cfg.batch,
+        **options,
+    )
+    return None if last is None else VQTokenizer(model, jax.device_get(_variables(last)))
+
+
+def _variables(state: TrainState) -> PyTree:
+    """What the model is applied with."""
+    return {"params": state.params, **(state.extra or {})}

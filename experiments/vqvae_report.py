@@ -1,4 +1,4 @@
-"""What a tokenizer of digits keeps of them: the second half of `experiments/vqvae.py`."""
+"""What a tokenizer of images keeps of them: the second half of `experiments/vqvae.py`."""
 
 from typing import Any
 
@@ -9,18 +9,21 @@ import numpy as np
 from jaxformer.ops import codebook, patches
 from jaxformer.tokenizers.image import ImageTokenizer
 from jaxformer.tokenizers.patch_kmeans import PatchKMeans
-from jaxformer.training import mnist, pictures, records, run
+from jaxformer.training import images, pictures, records, run
 from jaxformer.typing import Float, UInt8
 
 _ROUNDS = 30  # of k-means; twenty more lower its error by 2 %
+_LEARNED_FROM = 10_000  # images, by k-means
 
 
-def ink(images: UInt8[np.ndarray, "n 28 28"]) -> Float[np.ndarray, "n 28 28 1"]:
-    """Images as tokenizers take them."""
-    return images[..., None].astype(np.float32) / 255
+def light(images: UInt8[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
+    """Images as tokenizers take them, from 0 to 1."""
+    return images.astype(np.float32) / 255
 
 
-def figures(tokenizer: ImageTokenizer, images: Float[np.ndarray, "n 28 28 1"]) -> dict[str, float]:
+def figures(
+    tokenizer: ImageTokenizer, images: Float[np.ndarray, "n height width C"]
+) -> dict[str, float]:
     """Rate, distortion, and how evenly the codes are used on these images."""
     counts = codebook.usage(jnp.asarray(tokenizer.encode(images)), tokenizer.vocab_size)
     perplexity = float(codebook.perplexity(counts))
@@ -37,41 +40,41 @@ def write(
     record: run.Run,
     settings: dict[str, Any],
     tokenizer: ImageTokenizer,
-    digits: mnist.Digits,
+    seen: images.Images,
     patch: tuple[int, int],
     seed: int,
 ) -> None:
     """Trains k-means at the same rate, and writes report and pictures into a run's folder.
 
-    `digits.png` has originals, what the tokenizer makes of them, and what k-means does; `codes.png`
+    `images.png` has originals, what the tokenizer makes of them, and what k-means does; `codes.png`
     what each code in use stands for on average, the most used first; `loss.png` the error.
     """
-    test, codes = ink(digits.test_images), tokenizer.vocab_size
-    key = jax.random.key(seed)
-    means = PatchKMeans.train(ink(digits.train_images), patch, codes, key, rounds=_ROUNDS)
+    test, codes = light(seen.test_images), tokenizer.vocab_size
+    known, key = light(seen.train_images[:_LEARNED_FROM]), jax.random.key(seed)
+    means = PatchKMeans.train(known, patch, codes, key, rounds=_ROUNDS)
     found, other = figures(tokenizer, test), figures(means, test)
-    report = settings | {"test_digits": len(test), "codes": codes} | found
+    report = settings | {"test_images": len(test), "codes": codes} | found
     report |= {f"kmeans_{name}": value for name, value in other.items()}
     report["distortion_over_kmeans"] = found["distortion"] / other["distortion"]
     record.report(report)
 
-    by_label = np.argsort(digits.test_labels, kind="stable")
+    by_label = np.argsort(seen.test_labels, kind="stable")
     chosen = by_label[:: max(1, len(by_label) // 10)][:10]
     rows = [test[chosen], *(t.decode(t.encode(test[chosen])) for t in (tokenizer, means))]
-    grid = np.stack(rows)[..., 0]
-    title = "digits, their reconstructions, and those of k-means at the same bits"
-    pictures.digit_grid(grid, record.folder / "digits.png", title=title)
-    pictures.digit_grid(codes_drawn(tokenizer, test, patch), record.folder / "codes.png")
-    log = records.read_metrics(record.folder / "metrics.jsonl")
+    names, folder = ["image", "from its codes", "k-means, the same bits"], record.folder
+    pictures.image_grid(np.stack(rows), folder / "images.png", names)
+    title = "what the codes stand for, the most used first"
+    pictures.image_grid(codes_drawn(tokenizer, test, patch), folder / "codes.png", title=title)
+    log = records.read_metrics(folder / "metrics.jsonl")
     curve = {"train": "distortion", "evaluations": ["test_distortion"]}
-    pictures.loss_curve(log, record.folder / "loss.png", **curve, unit="square error of a pixel")
+    pictures.loss_curve(log, folder / "loss.png", **curve, unit="square error of a pixel")
     print(records.table(report))
-    print(f"tokenizer, pictures and report: {record.folder}")
+    print(f"tokenizer, pictures and report: {folder}")
 
 
 def codes_drawn(
-    tokenizer: ImageTokenizer, images: Float[np.ndarray, "n 28 28 1"], patch: tuple[int, int]
-) -> Float[np.ndarray, "rows 16 height width"]:
+    tokenizer: ImageTokenizer, images: Float[np.ndarray, "n height width C"], patch: tuple[int, int]
+) -> Float[np.ndarray, "rows 16 height width C"]:
     """The mean of what each code is decoded to where these images use it, the most used first."""
     ids = tokenizer.encode(images)
     cut = patches.patchify(jnp.asarray(tokenizer.decode(ids)), patch)
@@ -82,4 +85,4 @@ def codes_drawn(
     used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     drawn = sums[used] / counts[used, None]
     drawn = np.pad(drawn, [(0, -len(drawn) % 16), (0, 0)])
-    return drawn.reshape(-1, 16, *patch)
+    return drawn.reshape(-1, 16, *patch, images.shape[-1])

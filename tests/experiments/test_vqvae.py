@@ -10,14 +10,15 @@ import pytest
 from experiments import vqvae, vqvae_report
 from jaxformer.models.vqvae import ConvCoder, ViTCoder
 from jaxformer.tokenizers import vq
-from jaxformer.training import mesh, mnist, run
+from jaxformer.training import images, mesh, run
 
-ALL = mnist.load("embedded")
-DIGITS = mnist.Digits(
+ALL = images.load("embedded")
+DIGITS = images.Images(
     ALL.train_images[:97],
     ALL.train_labels[:97],
     ALL.test_images[:60],
     ALL.test_labels[:60],
+    ALL.label_names,
     ALL.origin,
 )
 
@@ -31,7 +32,7 @@ def config(folder, **changes):
 
 def train(cfg):
     with run.Run(cfg.run) as record:
-        return vqvae.train(cfg, cfg.model(), DIGITS, mesh.make(cfg.mesh), record)
+        return vqvae.train(cfg, DIGITS, mesh.make(cfg.mesh), record).variables
 
 
 def rows(folder):
@@ -39,12 +40,10 @@ def rows(folder):
 
 
 def test_a_run_leaves_a_tokenizer_a_report_and_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mnist, "load", lambda origin: DIGITS)
-    monkeypatch.setattr(run, "enable_compile_cache", lambda: None)
-    monkeypatch.setattr(mesh, "keep_host_memory", lambda: None)
+    monkeypatch.setattr(images, "load", lambda origin, size: DIGITS)
     monkeypatch.setattr(vqvae_report, "_ROUNDS", 2)
     assert vqvae.main(config(tmp_path, quantizer="vq_ema")) == 0
-    for name in ("digits.png", "codes.png", "loss.png"):
+    for name in ("images.png", "codes.png", "loss.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["codes"] == 12
@@ -54,7 +53,7 @@ def test_a_run_leaves_a_tokenizer_a_report_and_pictures(tmp_path, monkeypatch, c
     assert report["perplexity_share"] == report["perplexity"] / 12
     assert all(name in capsys.readouterr().out for name in [*report][:1])
     tokenizer = vq.load(tmp_path / "tokenizer")
-    test = vqvae_report.ink(DIGITS.test_images)
+    test = vqvae_report.light(DIGITS.test_images)
     assert tokenizer.distortion(test) == pytest.approx(report["distortion"])
     ids = tokenizer.encode(test)
     assert len(np.unique(ids)) == report["codes_in_use"]
@@ -86,8 +85,19 @@ def test_a_run_goes_on_with_its_codebook_where_its_checkpoint_stands(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
+def test_images_in_colour_and_of_two_sides_become_tokens(tmp_path, monkeypatch):
+    random, path = np.random.default_rng(0), tmp_path / "x.npz"
+    np.savez(path, x=random.integers(0, 256, (60, 8, 12, 3), np.uint8), y=np.zeros(60, int))
+    monkeypatch.setattr(vqvae_report, "_ROUNDS", 2)
+    cfg = config(tmp_path / "run", data=f"npz:{path}")
+    assert vqvae.main(cfg) == 0
+    assert vq.load(tmp_path / "run" / "tokenizer").size == (8, 12, 3)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["bits_per_image"] == 2 * 3 * np.log2(12)
+
+
 def test_settings_that_cannot_be_are_named(tmp_path):
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         config(tmp_path, batch=0)
     with pytest.raises(ValueError, match="5×5 do not divide"):
-        config(tmp_path, patch=5, architecture="vit")
+        train(config(tmp_path, patch=5, architecture="vit"))
