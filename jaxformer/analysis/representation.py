@@ -31,13 +31,16 @@ def effective_rank(features: Features) -> float:
     all features multiples of one vector, and the lesser of B and D; it is 0 if all are 0. A mean
     counts as a direction: subtract it to measure what is around it.
 
+    Raises:
+        ValueError: If a feature is not finite.
+
     References:
         Roy and Vetterli 2007, "The effective rank", definition 1.
         https://infoscience.epfl.ch/record/110188
         Garrido et al. 2023, "RankMe", eq. 1 (which adds 1e-7 to each share).
         https://arxiv.org/abs/2210.02885
     """
-    singular = np.linalg.svd(np.asarray(features, np.float64), compute_uv=False)
+    singular = np.linalg.svd(_finite(features, np.float64), compute_uv=False)
     shares = singular[singular > 0] / singular.sum()
     return float(np.exp(-(shares * np.log(shares)).sum())) if shares.size else 0.0
 
@@ -95,15 +98,15 @@ def nearest(
         Cosines, and indices into the bank.
 
     Raises:
-        ValueError: If `k` is not between 1 and the size of the bank.
+        ValueError: If `k` is not between 1 and the size of the bank, or a feature is not finite.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"nearest finds between 1 and {len(bank)} rows of this bank, got k={k}.")
-    rows = _unit(jnp.asarray(bank))
+    rows = _unit(jnp.asarray(_finite(bank)))
     find = jax.jit(lambda x: jax.lax.top_k(jnp.matmul(_unit(x), rows.T, precision="highest"), k))
-    queries, size = np.asarray(queries), min(block, len(queries))
+    queries, size = _finite(queries), max(1, min(block, len(queries)))
     found = []
-    for start in range(0, len(queries), size):
+    for start in range(0, max(1, len(queries)), size):
         some = queries[start : start + size]
         filled = np.pad(some, ((0, size - len(some)), (0, 0)))  # one shape, compiled once
         found.append([np.asarray(part)[: len(some)] for part in find(filled)])
@@ -159,13 +162,16 @@ def linear_probe(
         l2: Weight of the penalty; scikit-learn's `C` is `1 / (l2 * B)`.
         steps: Of L-BFGS, at most.
         tolerance: Norm of the gradient at which it ends.
+
+    Raises:
+        ValueError: If a feature is not finite.
     """
-    x, classes = np.asarray(features, np.float32), int(np.max(labels)) + 1
+    x, classes = _finite(features, np.float32), int(np.max(labels)) + 1
     mean, deviation = _scale(x)
     fit = fit_logistic(
         jnp.asarray((x - mean) / deviation), jnp.asarray(labels), classes, l2, steps, tolerance
     )
-    logits = ((np.asarray(held_out) - mean) / deviation) @ np.asarray(fit["kernel"])
+    logits = ((_finite(held_out) - mean) / deviation) @ np.asarray(fit["kernel"])
     guesses = (logits + np.asarray(fit["bias"])).argmax(axis=1)
     return float((guesses == np.asarray(held_out_labels)).mean())
 
@@ -213,8 +219,11 @@ def fit_ridge(
 
     Features are brought to mean 0 and variance 1 in each channel; the mean squared error plus `l2`
     times the squared weights is minimised in closed form, in float64.
+
+    Raises:
+        ValueError: If a feature is not finite.
     """
-    x, y = np.asarray(features, np.float64), np.asarray(targets, np.float64)
+    x, y = _finite(features, np.float64), np.asarray(targets, np.float64)
     mean, deviation = _scale(x)
     x, offset = (x - mean) / deviation, y.mean(axis=0)
     penalty = l2 * len(x) * np.eye(x.shape[1])
@@ -235,7 +244,7 @@ def ridge_probe(
     Returns:
         R² of each target: 1 for perfect guesses, 0 for the held-out mean, negative for worse.
     """
-    found = fit_ridge(features, targets, l2=l2)(np.asarray(held_out))
+    found = fit_ridge(features, targets, l2=l2)(_finite(held_out))
     truth = np.asarray(held_out_targets, np.float64)
     return 1 - np.square(truth - found).mean(axis=0) / truth.var(axis=0)
 
@@ -245,7 +254,14 @@ def _unit(x: Array) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def _finite(x: Any, dtype: Any = None) -> np.ndarray:
+    x = np.asarray(x, dtype)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{np.sum(~np.isfinite(x))} of {x.size} features are not finite.")
+    return x
+
+
 def _scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel, of which one that is constant is left as it is."""
-    deviation = x.std(axis=0)
-    return x.mean(axis=0), np.where(deviation > 0, deviation, 1)
+    mean, exact = x.mean(axis=0), x.std(axis=0, dtype=np.float64)
+    return mean, np.where(exact > 1e-6 * np.abs(mean), x.std(axis=0), 1)

@@ -77,7 +77,9 @@ class EMAVectorQuantizer(nn.Module):
 
     The moving averages that make the codes lie in the collection "codebook", no parameters among
     them: it must be mutable in training. They are linear in the rows of a batch, as `TrainState`
-    asks of its `extra`.
+    asks of its `extra`, but for codes that are revived: under `pmap`, or where gradients are
+    accumulated, each part of a batch revives them by itself, and the mean of these is a poor start;
+    there `revive_below=0` is better.
 
     Attributes:
         num_codes: E.

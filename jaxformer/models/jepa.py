@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jaxformer.models.predictor import Predictor, PredictorConfig
+from jaxformer.models.predictor import Predictor, PredictorConfig, check_size
 from jaxformer.models.vit import ViT, ViTConfig
 from jaxformer.ops import attention, linear
 from jaxformer.ops.attention import Mask
@@ -55,10 +55,13 @@ class JEPA(nn.Module):
     """Encodes what is seen of an image, and predicts the vectors of what is not.
 
     The vectors to be predicted are those that another encoder, whose parameters follow this one's
-    slowly, makes of the whole image:
+    slowly, makes of the whole image, each normalised:
 
-        wanted = model.apply(teacher, images, method="encode")
+        wanted = model.apply(teacher, images, method="encode")[:, config.encoder.prefix :]
+        wanted = patch_masks.gather_patches(norms.layer_norm(wanted), targets)
         told = model.apply(params, images, keep, targets)
+
+    The targets of one row see each other: I-JEPA gives each of its blocks a row.
 
     Attributes:
         config: Sizes and choices.
@@ -88,7 +91,15 @@ class JEPA(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B M D"]:
-        """Predicts the vectors of the targets from the kept patches alone."""
+        """Predicts the vectors of the targets from the kept patches alone.
+
+        Neither may be filled up with P: where rows have more or fewer, call `encode` and `predict`
+        with masks that leave out the rest.
+
+        Raises:
+            ValueError: If the images have more patches than the predictor knows places for.
+        """
+        check_size(self.config.encoder, images)
         seen = self.encode(images, keep=keep, train=train)
         return self.predict(seen, keep, targets, train=train)
 

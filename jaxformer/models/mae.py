@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.models.predictor import Predictor, PredictorConfig
+from jaxformer.models.predictor import Predictor, PredictorConfig, check_size
 from jaxformer.models.vit import ViT, ViTConfig
 from jaxformer.ops import attention, linear, patch_masks
 from jaxformer.typing import Array, Float, Int
@@ -78,7 +78,11 @@ class MAE(nn.Module):
             keep: Numbers of the patches that the encoder sees.
             hide: Numbers of all others.
             train: Drops; needs an rng named "dropout" if there is anything to drop.
+
+        Raises:
+            ValueError: If the images have more patches than the decoder knows places for.
         """
+        check_size(self.config.encoder, images)
         seen = self.encoder(images, keep=keep, train=train)
         told = self.decoder(seen, keep, hide, train=train)
         order = jnp.argsort(jnp.concatenate([keep, hide], axis=1), axis=1)

@@ -62,6 +62,20 @@ class PredictorConfig:
         )
 
 
+def check_size(encoder: ViTConfig, images: Float[Array, "B *size C"]) -> None:
+    """Refuses images in which the numbers of patches are not those of the encoder's size.
+
+    Fewer frames, or rows, are no harm: the last numbers are then missing.
+
+    Raises:
+        ValueError: If the images are longer than the config says, or otherwise of another size.
+    """
+    size = images.shape[1:-1]
+    if size[1:] != encoder.size[1:] or size[0] > encoder.size[0]:
+        found, known = ("×".join(map(str, x)) for x in (size, encoder.size))
+        raise ValueError(f"patches are predicted in images of {known}, got {found}.")
+
+
 class Predictor(nn.Module):
     """Vectors of seen patches in, predictions of all patches out.
 

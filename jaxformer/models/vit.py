@@ -1,6 +1,7 @@
 """A Transformer that reads patches: of images, of clips, of anything on a grid."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -239,13 +240,22 @@ class ViT(nn.Module):
     def pooled(
         self, images: Float[Array, "B *size C"], mask: Mask | None = None, **kwargs: Any
     ) -> Float[Array, "B features"]:
-        """Encodes each image as one vector; takes what a call takes."""
-        config = self.config
+        """Encodes each image as one vector; takes what a call takes.
+
+        Numbers in `keep` that are padding do not enter a mean.
+        """
+        config, keep = self.config, kwargs.get("keep")
         x = self(images, mask, **kwargs)
         if config.pool == "token":
             x = x[:, 0]
         else:
-            mean = x[:, config.prefix :].mean(axis=1, dtype=jnp.float32).astype(x.dtype)
+            real = None
+            if keep is not None:
+                real = (keep < math.prod(patches.grid_of(images.shape[1:-1], config.patch)))[
+                    ..., None
+                ]
+            mean = x[:, config.prefix :].mean(axis=1, dtype=jnp.float32, where=real)
+            mean = mean.astype(x.dtype)
             x = mean if config.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)
         return jnp.tanh(self.pool(x)) if config.pooler else x
 

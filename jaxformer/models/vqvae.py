@@ -325,6 +325,6 @@ def _placed(x: Array, grid: tuple[int, int]) -> Array:
 
 
 def _doublings(config: VQVAEConfig) -> int:
-    if config.patch & (config.patch - 1):
-        raise ValueError(f"strides of 2 need patch to be a power of 2, got patch={config.patch}.")
+    if config.patch < 2 or config.patch & (config.patch - 1):
+        raise ValueError(f"strides of 2 need patch=2, 4, 8, ..., got patch={config.patch}.")
     return config.patch.bit_length() - 1

@@ -97,7 +97,8 @@ def tubes(
 ) -> Bool[np.ndarray, "B P"]:
     """Hides the union of blocks, the same in all frames; True where a patch is hidden.
 
-    The defaults are the short-range masks; `blocks=2, scale=0.7` are the long-range ones.
+    A video of which nothing is left is drawn again. The defaults are the short-range masks;
+    `blocks=2, scale=0.7` are the long-range ones.
 
     Args:
         random: Where all comes from.
@@ -107,14 +108,25 @@ def tubes(
         scale: Share of a frame that a block covers, before rounding.
         aspect: Least and largest height of a block, as a multiple of its width.
 
+    Raises:
+        ValueError: If nothing is left of a video in a thousand draws.
+
     References:
         Bardes et al. 2024, "Revisiting feature prediction", section 3.2.
         https://arxiv.org/abs/2404.08471
     """
     frames, *frame = grid
     size = _block_size(random, (frame[0], frame[1]), (scale, scale), aspect)
-    mask = _blocks(random, (images, blocks), (frame[0], frame[1]), size).any(axis=1)
-    return np.tile(mask, (1, frames))
+    mask = np.ones((images, frame[0] * frame[1]), bool)
+    for _ in range(1000):
+        again = np.flatnonzero(mask.all(axis=1))
+        if not again.size:
+            return np.tile(mask, (1, frames))
+        drawn = _blocks(random, (again.size, blocks), (frame[0], frame[1]), size)
+        mask[again] = drawn.any(axis=1)
+    raise ValueError(
+        f"{blocks} blocks of {size[0]}×{size[1]} leave nothing of {frame[0]}×{frame[1]} patches."
+    )
 
 
 def blockwise(
@@ -130,7 +142,8 @@ def blockwise(
     """Hides blocks of some images' patches, and nothing of the others; True where hidden.
 
     Of the images that are hidden from, each is at another rate, evenly over `rates`: `floor(P *
-    rate)` patches or a few less, where no further block fits.
+    rate)` patches or a few less, where no further block fits; in flat grids, as of 2×32, of which
+    few blocks are no higher, many less.
 
     Args:
         random: Where all comes from.
@@ -182,6 +195,10 @@ def _block_size(random: np.random.Generator, grid: Grid, scale: Range, aspect: R
     area = int(grid[0] * grid[1] * random.uniform(*scale))
     ratio = random.uniform(*aspect)
     height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if height > grid[0]:  # in a flat grid it grows in width instead
+        height, width = grid[0], round(area / grid[0])
+    elif width > grid[1]:
+        height, width = round(area / grid[1]), grid[1]
     return min(max(height, 1), grid[0]), min(max(width, 1), grid[1])
 
 

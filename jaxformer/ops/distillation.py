@@ -127,9 +127,10 @@ def sinkhorn(
     if iterations < 1:
         raise ValueError(f"sinkhorn needs iterations >= 1, got {iterations}.")
     where = jnp.ones(logits.shape[:1], bool) if where is None else where
+    counted = (where | ~where.any())[:, None]  # of no rows a sum's logarithm is infinite
 
     def scale(_: Array, log_q: Array) -> Array:
-        log_q -= jax.nn.logsumexp(log_q, axis=0, keepdims=True, where=where[:, None])
+        log_q -= jax.nn.logsumexp(log_q, axis=0, keepdims=True, where=counted)
         return log_q - jax.nn.logsumexp(log_q, axis=1, keepdims=True)
 
     logits = lax.stop_gradient(_widen(logits))

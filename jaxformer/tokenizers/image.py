@@ -108,19 +108,35 @@ def write_folder(
     """Writes a configuration and arrays; the folder holds the old or the new whenever it is read.
 
     The arrays lie in a file that is named by what it holds, which the configuration names: it is
-    written last, and what it no longer names is then removed.
+    written last, and the file that it named before is then removed.
+
+    Raises:
+        ValueError: If the folder has a `tokenizer.json` of another kind, such as that of a text
+            tokenizer.
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    before = _named_before(folder / _CONFIG)
     data = safetensors.save({name: np.asarray(x, order="C") for name, x in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest[:16]}.safetensors"
     write_atomically(folder / name, data)
     text = json.dumps({**config, "tensors": name, "sha256": digest}, indent=2) + "\n"
     write_atomically(folder / _CONFIG, text.encode())
-    for other in folder.glob("*.safetensors"):
-        if other.name != name:
-            other.unlink(missing_ok=True)
+    if before not in (None, name):
+        (folder / before).unlink(missing_ok=True)
+
+
+def _named_before(config: pathlib.Path) -> str | None:
+    """The file of arrays that a configuration names; None if there is no configuration."""
+    if not config.exists():
+        return None
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        _, name, _ = found["kind"], found["tensors"], found["sha256"]
+        return pathlib.Path(name).name
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{config} is not that of an image tokenizer: save elsewhere.") from None
 
 
 def read_folder(
@@ -154,5 +170,5 @@ def read_folder(
         raise ValueError(f"{tensors} is not what was written: its checksum differs.")
     try:
         return config, safetensors.load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{tensors} is no safetensors file: {error}.") from None
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{tensors} is no safetensors file of NumPy's types: {error}.") from None

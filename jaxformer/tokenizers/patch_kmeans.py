@@ -52,13 +52,17 @@ class PatchKMeans(ImageTokenizer):
             rounds: Of Lloyd's algorithm.
 
         Raises:
-            ValueError: If a patch does not divide the image, or there are fewer patches than codes.
+            ValueError: If the images are no floating-point numbers, a patch does not divide them,
+                or there are fewer patches than codes.
 
         References:
             Lloyd 1982, "Least squares quantization in PCM".
             Arthur and Vassilvitskii 2007, "k-means++", section 2.2.
         """
-        images = jnp.asarray(images, jnp.float32)
+        images = jnp.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images are floats from 0 to 1, got {images.dtype}.")
+        images = images.astype(jnp.float32)
         cut = patches.patchify(images, patch)
         cut = cut.reshape(-1, cut.shape[-1])
         if not 1 <= codes <= len(cut):

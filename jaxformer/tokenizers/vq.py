@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -69,15 +70,17 @@ class VQTokenizer(ImageTokenizer):
         return jax.jit(self.model.apply, static_argnames="method")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder with a JSON file and a safetensors file.
+        """Writes a folder with a JSON file and a safetensors file; parameters become float32.
 
         Raises:
-            ValueError: If the quantiser is none of `layers.quantize`.
+            ValueError: If the quantiser is none of `layers.quantize`, or the folder holds something
+                else.
         """
         config = {"kind": _KIND, "model": _plain(self.model.config, ("coder",))}
         config["coder"] = _described(self.model.config.coder, _CODERS)
         config["quantizer"] = _described(self.model.quantizer, _QUANTIZERS)
-        write_folder(path, config, _named(jax.device_get(self.variables)))
+        tensors = _named(jax.device_get(self.variables))
+        write_folder(path, config, {name: x.astype(np.float32) for name, x in tensors.items()})
 
 
 def load(path: str | os.PathLike[str]) -> VQTokenizer:

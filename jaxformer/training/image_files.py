@@ -72,6 +72,9 @@ def decode(
 ) -> UInt8[np.ndarray, "height width C"]:
     """Reads a PNG or JPEG file as grey (C=1) or RGB, upright, on white where it is transparent.
 
+    What Pillow does not read stays opaque: a transparent colour of 16-bit RGB, or of grey in 2 or 4
+    bits.
+
     Raises:
         ValueError: If the file is not such an image, or cut short; names it.
     """
@@ -126,4 +129,7 @@ def _flatten(image: "Image.Image") -> "Image.Image":
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "P":
+        image = image.convert("RGB")
+        grey = bool((np.ptp(np.asarray(image), axis=-1) == 0).all())
     return image.convert("L" if grey else "RGB")

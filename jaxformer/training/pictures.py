@@ -1,5 +1,6 @@
 """Pictures of a run: loss curve, bars, grids of images. No window and no global state is used."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SMOOTHING = 0.05  # of the curve's length
+_COLOURS = ("tab:orange", "tab:green", "tab:red", "tab:purple")
 _DPI = 128  # a power of two, so that whole dots stay whole in inches
 
 
@@ -47,7 +49,7 @@ def loss_curve(
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     drawn = [losses]
-    for name, colour in zip(evaluations, ("tab:orange", "tab:green", "tab:red", "tab:purple")):
+    for name, colour in zip(evaluations, itertools.cycle(_COLOURS)):
         at, values = _series(rows, name)
         axes.plot(at, values, "o-", color=colour, markersize=4, linewidth=1, label=name)
         drawn.append(values)
@@ -210,16 +212,18 @@ def hide(
     hidden: Bool[np.ndarray, "*B P"],
     patch: tuple[int, int],
 ) -> Shaped[np.ndarray, "*B height width C"]:
-    """Paints hidden patches half grey, and leaves the others and the dtype as they are.
+    """Paints hidden patches half grey, and leaves the others as they are.
 
     Args:
-        images: uint8, or floats in [0, 1].
+        images: uint8, or floats in [0, 1]. Bytes of which none is above 1 become floats.
         hidden: Which of the P patches, rows of patches first, are not to be seen.
         patch: Height and width of a patch in pixels.
 
     Raises:
         ValueError: If P patches do not cover the image.
     """
+    if images.dtype == np.uint8 and images.max(initial=0) <= 1:
+        images = images.astype(np.float32)
     half = 128 if images.dtype == np.uint8 else 0.5
     return np.where(_spread(hidden, images.shape, patch), half, images).astype(images.dtype)
 

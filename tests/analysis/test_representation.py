@@ -64,6 +64,30 @@ def test_a_collapse_is_told_with_its_numbers_and_what_to_try():
         representation.check_collapse(X, least=0.99)
 
 
+def test_features_that_are_no_numbers_are_told():
+    spoilt = np.where(np.arange(D) == 3, np.nan, X)
+    told = f"{B} of {X.size} features are not finite"
+    for measure in (
+        lambda: representation.effective_rank(spoilt),
+        lambda: representation.nearest(X, spoilt[:, :], 1),
+        lambda: representation.nearest(spoilt, X, 1),
+        lambda: representation.linear_probe(spoilt, np.arange(B) % 2, X, np.arange(B) % 2),
+        lambda: representation.ridge_probe(spoilt, X[:, :1], X, X[:, :1]),
+    ):
+        with pytest.raises(ValueError, match=told):
+            measure()
+    assert representation.nearest(X, X[:0], 2)[0].shape == (0, 2)
+
+
+def test_a_channel_that_is_constant_but_for_rounding_is_left_as_it_is():
+    x = np.full((6000, 2), 0.1, np.float32)
+    x[:, 1] = np.arange(6000)
+    mean, deviation = representation._scale(x)
+    assert deviation[0] == 1
+    assert deviation[1] == pytest.approx(x[:, 1].std(), rel=1e-6)
+    np.testing.assert_allclose(mean, [0.1, 2999.5], rtol=1e-5)
+
+
 def cosines():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (QUERIES, X)]
     return unit[0] @ unit[1].T

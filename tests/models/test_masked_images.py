@@ -117,6 +117,16 @@ def test_jepa_predicts_vectors_and_encodes_whole_images(draw):
     np.testing.assert_allclose(found, told, atol=1e-5)
 
 
+def test_images_with_patches_that_have_no_place_are_refused(draw):
+    for model in (JEPA(JEPAConfig.of(ENCODER, 12, 1, 3)), MAE(MAEConfig.of(ENCODER, 12, 1, 3))):
+        variables = draw(model, IMAGES, KEEP, HIDE)
+        half = model.apply(variables, IMAGES[:, :3], KEEP[:, :2] % 5, HIDE[:, :3] % 5)
+        assert half.shape[0] == 2
+        for other in (jnp.zeros((2, 9, 10, 3)), jnp.zeros((2, 6, 8, 3))):
+            with pytest.raises(ValueError, match="predicted in images of 6×10, got"):
+                model.apply(variables, other, KEEP, HIDE)
+
+
 def test_v_jepa_2_has_the_published_sizes():
     config = JEPAConfig.v_jepa_2(1024, 24, 16, 4096)
     assert config.encoder.grid == (32, 16, 16)

@@ -195,6 +195,16 @@ def test_an_image_is_its_token_its_mean_patch_or_both(draw):
     )
 
 
+def test_padding_of_the_kept_does_not_enter_the_mean(draw):
+    model = ViT(bare(pool="mean"))
+    variables, keep = draw(model, IMAGES), jnp.array([[7, 2, 3], [0, 9, 4]])
+    short = model.apply(variables, IMAGES, keep=keep, method="pooled")
+    long = jnp.concatenate([keep, jnp.full((2, 2), 10)], axis=1)
+    may = key_lengths(jnp.array([4, 4]))
+    padded = model.apply(variables, IMAGES, may, keep=long, method="pooled")
+    np.testing.assert_allclose(padded, short, atol=1e-5)
+
+
 def test_the_pooler_and_the_head_follow(draw, variables):
     params, features = variables["params"], ViT(CONFIG).apply(variables, IMAGES, method="pooled")
     logits = ViT(CONFIG).apply(variables, IMAGES, method="logits")

@@ -128,6 +128,8 @@ def test_the_number_of_heads_is_read():
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="patch=6"):
         VQVAEConfig((12, 18), 1, 6)
+    with pytest.raises(ValueError, match="patch=1"):
+        VQVAEConfig((12, 18), 1, 1)
     VQVAEConfig((12, 18), 1, 6, CODERS["vit"])
     with pytest.raises(ValueError, match="4×4 do not divide an image of 12×18"):
         VQVAEConfig((12, 18))

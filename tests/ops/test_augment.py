@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from jaxformer.ops import augment
-from jaxformer.ops.augment import geometry
+from jaxformer.ops.augment import chance, geometry
 
 KEY = jax.random.key(7)
 PIXELS = np.random.default_rng(0).random((61, 11, 13, 3), np.float32)
@@ -415,3 +415,8 @@ def test_erasing_paints_one_box_of_the_share_asked_for():
 def test_what_cannot_be_is_told_with_its_number(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+def test_bytes_are_refused():
+    with pytest.raises(ValueError, match="floats in \\[0, 1\\], got uint8"):
+        chance.check_light(RGB, jnp.zeros((2, 3, 3, 1), jnp.uint8))

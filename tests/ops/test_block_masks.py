@@ -134,6 +134,26 @@ def test_tubes_are_unions_of_blocks_and_the_same_in_all_frames(blocks, scale):
     assert len(np.unique(frames[:, 0], axis=0)) > 1
 
 
+def test_of_every_video_something_is_left_or_it_is_said():
+    mask = block_masks.tubes(generator(), 2000, (2, 7, 7), blocks=2, scale=0.7)
+    assert not mask.all(axis=1).any()
+    with pytest.raises(ValueError, match="1 blocks of 3×3 leave nothing of 3×3"):
+        block_masks.tubes(generator(), 1, (1, 3, 3), blocks=1, scale=1.0, aspect=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("grid", [(4, 64), (64, 4), (7, 28)])
+def test_blocks_of_flat_grids_cover_their_share(grid):
+    for seed in range(20):
+        drawn = block_masks.multi_block(
+            generator(seed), 3, grid, grid[0] * grid[1], targets=1, target_aspect=(1.0, 1.0)
+        )
+        share = (drawn.targets < grid[0] * grid[1]).sum(axis=-1) / (grid[0] * grid[1])
+        assert (share > 0.12).all()
+        assert (share < 0.23).all()
+        shown = (drawn.shown < grid[0] * grid[1]).sum(axis=-1) / (grid[0] * grid[1])
+        assert (shown > 0.85 - 0.03 - 0.23).all()
+
+
 def test_half_of_the_images_are_hidden_from_at_rates_spread_evenly():
     random, shares = generator(), []
     for _ in range(20):

@@ -100,6 +100,31 @@ def test_a_second_save_replaces_the_first_and_one_cut_short_changes_nothing(tmp_
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_is_no_image_tokenizers_is_never_overwritten_or_removed(tmp_path):
+    foreign = tmp_path / "model.safetensors"
+    foreign.write_bytes(b"weights")
+    MEANS.save(tmp_path)
+    PatchKMeans(MEANS.codes[:3], MEANS.patch, MEANS.image).save(tmp_path)
+    assert foreign.read_bytes() == b"weights"
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(ValueError, match="is not that of an image tokenizer"):
+        MEANS.save(tmp_path)
+    assert "BPE" in (tmp_path / "tokenizer.json").read_text()
+
+
+def test_narrow_parameters_are_saved_wide(tmp_path):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), LEARNED.variables)
+    vq.VQTokenizer(LEARNED.model, narrow).save(tmp_path)
+    found = vq.load(tmp_path).variables
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(jnp.float32, narrow))
+
+
+def test_means_of_bytes_are_refused():
+    with pytest.raises(ValueError, match="floats from 0 to 1, got uint8"):
+        PatchKMeans.train(np.zeros((5, 8, 12, 2), np.uint8), (4, 4), 7, jax.random.key(0))
+
+
 def test_broken_folders_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no image tokenizer"):
         vq.load(tmp_path)

@@ -90,9 +90,9 @@ def test_a_folder_without_classes_has_no_label_names(tmp_path):
     np.testing.assert_allclose(loaded.train_images[:-1], 99, atol=1)
 
 
-def palette():
+def palette(first=(10, 20, 30), second=(200, 100, 50)):
     image = Image.new("P", (7, 5))
-    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpalette([*first, *second])
     image.putdata([0, 1] * 17 + [0])
     return image
 
@@ -112,11 +112,23 @@ DEEP = np.random.default_rng(5).integers(65536, size=(5, 7), dtype=np.uint16)
         (np.concatenate([RGB, ALPHA], -1), {}, OVER_WHITE),
         (np.concatenate([RGB[..., :1], ALPHA], -1), {}, OVER_WHITE[..., :1]),
         (palette(), {}, COLOURS),
+        (palette((9,) * 3, (99,) * 3), {}, np.where(COLOURS[..., :1] == 10, 9, 99)),
         (palette(), {"transparency": 1}, np.where(COLOURS == [200, 100, 50], 255, COLOURS)),
         (RGB, {"transparency": tuple(RGB[2, 3].tolist())}, None),
         (DEEP, {}, np.round(DEEP[..., None] / 257)),
     ],
-    ids=["rgb", "grey", "bits", "rgba", "la", "palette", "clear-palette", "clear-rgb", "16-bit"],
+    ids=[
+        "rgb",
+        "grey",
+        "bits",
+        "rgba",
+        "la",
+        "palette",
+        "grey-palette",
+        "clear-palette",
+        "clear-rgb",
+        "16-bit",
+    ],
 )
 def test_png_files_of_every_mode_are_converted(pixels, options, expected, tmp_path):
     if expected is None:

@@ -134,6 +134,9 @@ def test_hidden_patches_are_grey_and_the_rest_is_untouched():
         np.testing.assert_array_equal(shown[1, :, :8], x[1, :, :8])
         np.testing.assert_array_equal(shown[1, :3], x[1, :3])
         np.testing.assert_array_equal(shown[0], x[0])
+    ones = pictures.hide((images > 99).astype(np.uint8), hidden, (3, 4))
+    assert (ones[1, 3:, 8:] == 0.5).all()
+    np.testing.assert_array_equal(ones[0], images[0] > 99)
 
 
 @pytest.mark.parametrize(("lay", "dtype"), [(pictures.heat, float), (pictures.hide, bool)])
@@ -161,6 +164,9 @@ def test_a_curve_is_drawn_from_metrics_and_evaluations(tmp_path):
     both, one = (image.imread(tmp_path / name) for name in ("both.png", "one.png"))
     assert both.shape == one.shape
     assert (both != one).any()
+    names = ["a", "b", "c", "d", "test"]
+    pictures.loss_curve(ROWS, tmp_path / "five.png", evaluations=names)
+    assert (image.imread(tmp_path / "five.png") != one).any()
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], [{"step": 1, "loss": -1.0}, {"step": 2, "loss": 0.0}]])

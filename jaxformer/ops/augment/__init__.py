@@ -1,6 +1,7 @@
 """Random changes of images that leave their meaning: pure functions of a key and a batch.
 
-Images are floats in [0, 1], channels last, and stay so; every image gets draws of its own, and the
+Images are floats in [0, 1], channels last, and stay so (bytes are refused where they would be cut:
+divide them by 255); every image gets draws of its own, and the
 same key the same draws. Shapes do not depend on what is drawn, so all may stand under `jax.jit`.
 For example, two views of every image:
 

@@ -6,6 +6,17 @@ import jax.numpy as jnp
 from jaxformer.typing import Array, Float, Key
 
 
+def check_light(*arrays: Array) -> None:
+    """Refuses what is not of floating-point numbers, which would be cut or wrap around.
+
+    Raises:
+        ValueError: If an array has another dtype.
+    """
+    for x in arrays:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"augmentations need floats in [0, 1], got {x.dtype}.")
+
+
 def sometimes(
     key: Key[Array, ""],
     probability: float,
@@ -15,8 +26,9 @@ def sometimes(
     """Takes each image from `changed` with a probability, else from `images`, whose dtype stays.
 
     Raises:
-        ValueError: If `probability` is not in [0, 1].
+        ValueError: If `probability` is not in [0, 1], or the images are no floats.
     """
+    check_light(images)
     if not 0 <= probability <= 1:
         raise ValueError(f"a probability lies in [0, 1], got probability={probability}.")
     if probability == 1:

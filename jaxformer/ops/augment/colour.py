@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxformer.ops.augment.chance import sometimes
+from jaxformer.ops.augment.chance import check_light, sometimes
 from jaxformer.typing import Array, Float, Key
 
 Images = Float[Array, "B height width C"]
@@ -99,6 +99,7 @@ def turn_hue(images: Images, turns: Factors) -> Images:
     Raises:
         ValueError: If C is neither 1 nor 3.
     """
+    check_light(images)
     if images.shape[-1] == 1:
         return images
     _grey(images)
@@ -177,5 +178,6 @@ def _grey(images: Images) -> Float[Array, "B height width 1"]:
 
 
 def _blend(images: Images, other: Array | float, factors: Factors) -> Images:
+    check_light(images)
     factors = factors.astype(images.dtype)[:, None, None, None]
     return jnp.clip(factors * images + (1 - factors) * other, 0, 1)

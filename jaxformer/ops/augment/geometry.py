@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxformer.ops.augment.chance import sometimes
+from jaxformer.ops.augment.chance import check_light, sometimes
 from jaxformer.typing import Array, Float, Key
 
 
@@ -144,6 +144,7 @@ def resized_crop(
         size: Height and width of what is returned.
         method: As `jax.image.resize` calls it: `linear`, `cubic`, ...
     """
+    check_light(images)
     shape = (*size, images.shape[-1])
     scales = jnp.array(size, jnp.float32)[None, :] / boxes[:, 2:]
 
@@ -179,6 +180,7 @@ def affine(
         stretch: Share by which height and width, each by itself, shrink or grow.
         shift: Pixels to move along each axis.
     """
+    check_light(images)
     reach = jnp.array([turn, shear, stretch, stretch, shift, shift])[:, None, None, None]
     draws = reach * jax.random.uniform(key, (6, len(images), 1, 1), minval=-1, maxval=1)
     turned, slant, wide, tall, right, down = draws

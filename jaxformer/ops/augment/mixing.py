@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxformer.ops.augment.chance import sometimes
+from jaxformer.ops.augment.chance import check_light, sometimes
 from jaxformer.ops.augment.geometry import random_boxes
 from jaxformer.typing import Array, Bool, Float, Key
 
@@ -23,12 +23,13 @@ def mixup(
         alpha: Shares are drawn from Beta(alpha, alpha); 0 changes nothing.
 
     Raises:
-        ValueError: If `alpha` is negative.
+        ValueError: If `alpha` is negative, or images or labels are no floats.
 
     References:
         Zhang et al. 2018, "mixup: beyond empirical risk minimization", eq. 1 (with a share for each
         image, not for the batch). https://arxiv.org/abs/1710.09412
     """
+    check_light(images, labels)
     if _unmixed(alpha):
         return images, labels
     share, partner = _partners(key, len(images), alpha)
@@ -59,13 +60,14 @@ def cutmix(
             nothing.
 
     Raises:
-        ValueError: If `alpha` is negative.
+        ValueError: If `alpha` is negative, or images or labels are no floats.
 
     References:
         Yun et al. 2019, "CutMix: regularization strategy to train strong classifiers with
         localizable features", eq. 1 and 2 (with a box for each image, not for the batch).
         https://arxiv.org/abs/1905.04899
     """
+    check_light(images, labels)
     if _unmixed(alpha):
         return images, labels
     for_partners, for_places = jax.random.split(key)
