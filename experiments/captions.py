@@ -1,13 +1,16 @@
 """Captions of images, and one vocabulary of their words and of the codes of the images."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from experiments.strokes import SLANTS, STROKES, Measure
+from jaxformer.ops import augment
 from jaxformer.tokenizers import bpe
 from jaxformer.tokenizers.bpe import Bpe
 from jaxformer.tokenizers.image import ImageTokenizer
@@ -176,6 +179,16 @@ class Joint:
     def look(self, pixels: Shaped[np.ndarray, "n height width C"]) -> Int[np.ndarray, "n P"]:
         """The tokens of images of bytes."""
         return self.image.encode(light(pixels)) + self.text.vocab_size
+
+    def look_moved(
+        self, pixels: UInt8[np.ndarray, "n height width C"], copies: int, shift: int, seed: int
+    ) -> Int[np.ndarray, "n M P"]:
+        """The tokens of images, and of copies moved by up to `shift` pixels, edges drawn out."""
+        move = jax.jit(functools.partial(augment.random_crop, padding=shift, mode="edge"))
+        keys, ink = jax.random.split(jax.random.key(seed), copies), light(pixels)
+        several = (ink, *(np.asarray(move(key, ink)) for key in keys))
+        codes = np.stack([self.image.encode(x) for x in several], axis=1)
+        return codes + self.text.vocab_size
 
     def draw(self, tokens: Int[np.ndarray, "n P"]) -> Float[np.ndarray, "n height width C"]:
         """The images of tokens, from 0 to 1."""

@@ -20,6 +20,8 @@ from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, Float, PyTree, UInt8
 
+Draw = Callable[[PyTree, Array], Float[Array, "B height width C"]]
+
 
 class CodesError(ValueError):
     """A folder holds no tokenizer, or one for other images."""
@@ -109,11 +111,30 @@ def variance(images: UInt8[np.ndarray, "n height width C"]) -> float:
     return float(np.var(images / np.float32(255)))
 
 
+def make_loss(model: VQVAE, draw: Draw, variance: float, anneal: Callable[[Array], dict[str, Any]]):
+    """The square error as a share of the variance, and what the quantiser adds to it; see `fit`."""
+
+    def loss(params: PyTree, batch: PyTree, key: Array, state: TrainState) -> tuple[Array, Any]:
+        move, choose = jax.random.split(key)
+        found, extra = model.apply(
+            {"params": params, **(state.extra or {})},
+            draw(batch, move),
+            train=True,
+            rngs={"quantizer": choose},
+            mutable=["codebook"],
+            **anneal(state.step),
+        )
+        figures = {"distortion": found.distortion, "perplexity": found.perplexity}
+        return found.distortion / variance + found.quantizer_loss, (figures, extra)
+
+    return loss
+
+
 def fit(
     model: VQVAE,
     cfg: Any,
     arrays: dict[str, np.ndarray],
-    draw: Callable[[PyTree, Array], Float[Array, "B height width C"]],
+    draw: Draw,
     variance: float,
     seed: int,
     devices: Mesh,
@@ -126,8 +147,6 @@ def fit(
     **options: Any,
 ) -> VQTokenizer | None:
     """Trains a tokenizer to the end, or until a signal; returns None after a signal.
-
-    The loss is the square error as a share of the variance, and what the quantiser adds to it.
 
     Args:
         model: With any quantiser.
@@ -145,26 +164,16 @@ def fit(
         **options: For `loop.train`.
     """
 
-    def loss(params: PyTree, batch: PyTree, key: Array, state: TrainState) -> tuple[Array, Any]:
-        move, choose = jax.random.split(key)
-        found, extra = model.apply(
-            {"params": params, **(state.extra or {})},
-            draw(batch, move),
-            train=True,
-            rngs={"quantizer": choose},
-            mutable=["codebook"],
-            **anneal(state.step),
-        )
-        figures = {"distortion": found.distortion, "perplexity": found.perplexity}
-        return found.distortion / variance + found.quantizer_loss, (figures, extra)
-
     @jax.jit
     def measure(variables: PyTree, images: Array) -> dict[str, Array]:
         found: Any = model.apply(variables, images)
         return {"test_distortion": found.distortion, "test_perplexity": found.perplexity}
 
     rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=min(warmup, cfg.steps - 1))
-    optimizer = optimizers.adamw(rate, weight_decay=0.0)
+    loss, optimizer = (
+        make_loss(model, draw, variance, anneal),
+        optimizers.adamw(rate, weight_decay=0.0),
+    )
     key, size = jax.random.key(seed), (*model.config.size, model.config.channels)
     start = dict(jax.jit(model.init)(key, jnp.zeros((1, *size))))
     if test is not None:

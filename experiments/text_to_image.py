@@ -22,7 +22,6 @@ References:
 """
 
 import dataclasses
-import functools
 import sys
 import zlib
 from typing import Any
@@ -40,12 +39,12 @@ from experiments.image_codes import CodesError
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
-from jaxformer.ops import augment, losses
+from jaxformer.ops import losses
 from jaxformer.training import checkpoint, data, loop, mesh, optimizers, run
 from jaxformer.training.run import FolderInUse, TrainingDiverged
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
-from jaxformer.typing import Array, Int, Key, PyTree, UInt8
+from jaxformer.typing import Array, Int, Key, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +148,6 @@ def one_of(key: Key[Array, ""], rows: Int[Array, "B K T"]) -> Int[Array, "B T"]:
     return jnp.take_along_axis(rows, which, axis=1)[:, 0]
 
 
-def looks(cfg: Config, pixels: UInt8[np.ndarray, "n H W C"], joint: Joint) -> np.ndarray:
-    """The codes (n M P) of images and of their moved copies, whose edges are drawn out."""
-    move = functools.partial(augment.random_crop, padding=cfg.shift, mode="edge")
-    ink, keys = captions.light(pixels), jax.random.split(jax.random.key(cfg.seed), cfg.moved)
-    copies = (np.asarray(jax.jit(move)(key, ink)) for key in keys)
-    codes = np.stack([joint.image.encode(x) for x in (ink, *copies)], axis=1)
-    return codes + joint.text.vocab_size
-
-
 def train(
     cfg: Config, model: Decoder, images: Captioned, joint: Joint, devices: Mesh, record: run.Run
 ) -> PyTree | None:
@@ -167,7 +157,10 @@ def train(
     key = jax.random.key(cfg.seed)
     params = jax.jit(model.init)(key, jnp.zeros((1, joint.length + joint.codes), int))
     texts = np.stack([joint.read(several) for several in zip(*images.train_captions)], axis=1)
-    arrays = {"texts": texts, "codes": looks(cfg, images.train_images, joint)}
+    arrays = {
+        "texts": texts,
+        "codes": joint.look_moved(images.train_images, cfg.moved, cfg.shift, cfg.seed),
+    }
     score = report.make_scorer(model, joint, devices)
     held_out = joint.read([c[-1] for c in images.test_captions]), joint.look(images.test_images)
     last = loop.train(

@@ -167,7 +167,7 @@ def test_an_image_is_learned_where_it_stands_and_moved():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 1)).astype(np.uint8)
     stub = types.SimpleNamespace(encode=lambda x: np.rint(255 * x).astype(int).reshape(len(x), -1))
     joint = types.SimpleNamespace(image=stub, text=types.SimpleNamespace(vocab_size=1000))
-    found = text_to_image.looks(text_to_image.Config(moved=3, shift=1), pixels, joint) - 1000
+    found = Joint.look_moved(joint, pixels, 3, 1, 0) - 1000
     np.testing.assert_array_equal(found[:, 0], pixels.reshape(5, -1))
     edges = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     shifts = [edges[:, y : y + 4, x : x + 3].reshape(5, -1) for y in range(3) for x in range(3)]
