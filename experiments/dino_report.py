@@ -37,6 +37,7 @@ def write(
             **vision.judge(seen, bank, queries),
         }
         figures |= {name + key: value for key, value in found.items()}
+    figures |= vision.judge_pixels(seen)
     record.report(figures)
 
     folder, few = record.folder, seen.test_images[:10]

@@ -39,6 +39,7 @@ def write(
         }
         figures |= {name + key: value for key, value in found.items()}
     figures |= {"width": encoder.width, "rank of width %": 100 * figures["rank"] / encoder.width}
+    figures |= vision.judge_pixels(seen)
     record.report(figures)
     draw_course(records.read_metrics(record.folder / "metrics.jsonl"), record.folder / "loss.png")
     vision.draw_neighbours(seen, *both[""], record.folder / "neighbours.png")

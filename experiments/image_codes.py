@@ -170,10 +170,8 @@ def fit(
         return {"test_distortion": found.distortion, "test_perplexity": found.perplexity}
 
     rate = optimizers.warmup_cosine(cfg.learning_rate, cfg.steps, warmup=min(warmup, cfg.steps - 1))
-    loss, optimizer = (
-        make_loss(model, draw, variance, anneal),
-        optimizers.adamw(rate, weight_decay=0.0),
-    )
+    loss = make_loss(model, draw, variance, anneal)
+    optimizer = optimizers.adamw(rate, weight_decay=0.0)
     key, size = jax.random.key(seed), (*model.config.size, model.config.channels)
     start = dict(jax.jit(model.init)(key, jnp.zeros((1, *size))))
     if test is not None:

@@ -75,7 +75,7 @@ class Config:
     covariance: float = 0.04
     teacher: float = 0.97
     flights: int = 16_384
-    steps: int = 800
+    steps: int = 1600
     batch: int = 64
     learning_rate: float = 0.02
     adam_learning_rate: float = 0.002

@@ -8,9 +8,10 @@ No label is used in training. What the encoder has learned is read from whole im
 probe, and so is what the same encoder gives before any training. The same command goes on where it
 was stopped.
 
-Measured with seed 0 on the embedded digits: a linear probe tells 96.3 % of test digits (72.1 %
-untrained), 20 nearest neighbours 90.0 % (44.2 %); to encode the 12 shown of 49 patches takes 24.0 %
-of the operations of all; 4.0 minutes of one core's time.
+Measured with three seeds on the embedded digits: a linear probe tells 95.4 ± 0.7 % of test digits
+(73.3 ± 3.9 % untrained, 85.9 % by pixels), 20 nearest neighbours 89.3 ± 0.7 % (43.2 ± 1.1 %,
+93.0 %); to encode the 12 shown of 49 patches takes 24.0 % of the operations of all; 4 minutes of
+one core's time.
 
 References:
     He et al. 2022, "Masked autoencoders are scalable vision learners".

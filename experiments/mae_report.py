@@ -34,6 +34,7 @@ def write(
     figures, encoder, count = dict(settings), model.config.encoder, split.mask.shape[1]
     for name, features in vision.features(encoder, sides, seen).items():
         figures |= {name + key: value for key, value in vision.judge(seen, *features).items()}
+    figures |= vision.judge_pixels(seen)
     shown = split.shown.shape[1]
     part, whole = (operations(model, sides[0], n) for n in (shown, count))
     figures |= {"shown patches": f"{shown} of {count}", "operations to encode these": part}

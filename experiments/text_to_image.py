@@ -2,7 +2,9 @@ r"""Learns to draw what a caption says: words and image codes in one sequence, o
 
     python -m experiments.text_to_image                               digits, two CPU cores
     python -m experiments.text_to_image --ask "a thin seven" "a thick two, leaning right"
-    python -m experiments.text_to_image --data npz:emoji.npz          images with names, in colour
+    python -m experiments.text_to_image --data npz:FILE --codes.levels 8 6 5 --codes.conv.width 64 \
+        --codes.conv.hidden 32 --codes.steps 1500 --moved 24 --model.dropout 0.1 --steps 400
+                                                                  few images with names, coloured
     python -m experiments.text_to_image --tokenizer runs/vqvae/tokenizer
 
 A caption is BPE tokens up to a fixed length, an image the codes of a tokenizer that is trained
@@ -12,8 +14,11 @@ after their captions, others and none; of digits, how many new ones an independe
 asked at each scale of guidance, and how many have the stroke and the slant asked for, beside real
 digits and their reconstructions. The same command goes on where it was stopped.
 
-Of 500 new digits after 600 steps, 270 s of CPU time with a tokenizer made before, 99.2 % are read
-as asked at scale 2 and 88.8 % without guidance; of real ones 98.6 %.
+Of 500 new digits, three seeds, 99.3 ± 0.3 % are read as asked at scale 2 and 90.5 ± 0.5 % without
+guidance; of real ones 98.7 %; 77 ± 2 % have the stroke and 79 ± 2 % the slant asked for, of
+reconstructions 85 and 98 %. 6.5 minutes of one core's time. Of 1,654 emoji, 24 moved copies of each
+keep the model from learning them by heart: a code of a new one takes 3.12 nats after its name, 3.26
+after another's and 3.17 after none (seed 0); colours and outlines follow the name, details do not.
 
 References:
     Ramesh et al. 2021, "Zero-shot text-to-image generation", section 2.2: one sequence, and the

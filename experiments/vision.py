@@ -134,6 +134,14 @@ def judge(
     }
 
 
+def judge_pixels(seen: images.Images) -> dict[str, float]:
+    """Measures the same of the bare pixels, which a representation should beat."""
+    bank, queries = (
+        x.reshape(len(x), -1) / np.float32(255) for x in (seen.train_images, seen.test_images)
+    )
+    return {f"pixels, {name}": value for name, value in judge(seen, bank, queries).items()}
+
+
 def draw_attention(
     model: nn.Module,
     params: PyTree,

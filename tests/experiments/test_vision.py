@@ -59,3 +59,8 @@ def test_classes_are_read_from_features_that_tell_them_and_not_without_names():
     assert vision.judge(SEEN, bank, 1 - queries)["linear probe %"] == 0
     nameless = dataclasses.replace(SEEN, label_names=())
     assert vision.judge(nameless, bank, queries) == {}
+    found = vision.judge_pixels(SEEN)
+    assert list(found) == ["pixels, linear probe %", "pixels, 7 neighbours %"]
+    assert vision.judge_pixels(nameless) == {}
+    pixels = [x.reshape(len(x), -1) / 255 for x in (SEEN.train_images, SEEN.test_images)]
+    assert [*found.values()] == [*vision.judge(SEEN, *map(np.float32, pixels)).values()]
