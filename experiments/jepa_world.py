@@ -1,6 +1,6 @@
 """Learns how a ball moves without drawing it: a JEPA that is rolled forward in its own vectors.
 
-    python -m experiments.jepa_world          five minutes of CPU time, so about three on two cores
+    python -m experiments.jepa_world          seven minutes of one core's time
 
 A ViT turns each frame into a vector. A causal Transformer reads the last vectors and tells the
 next, then reads what it told, and so on, and never sees the frames it speaks of. It is trained to
@@ -9,13 +9,15 @@ for variance and one for covariance keep these vectors apart. What the vectors k
 regression, fitted to vectors of frames that were seen. The same command goes on where it was
 stopped.
 
-Share of the variance that is explained 20 steps after the last of six frames, seed 0:
+Share of the variance that is explained 20 steps after the last of six frames, three seeds:
 
-                     position   velocity
-    JEPA                0.966      0.801
-    untrained          -14.7      -41.4     the same encoder, a predictor as it is drawn
-    persistence         -1.11      -0.69    what is read from the last frames seen
-    true frames         0.997      0.864    what the probe reads from the frames themselves
+                      position           velocity
+    JEPA           0.980 ± 0.006      0.80 ± 0.06
+    untrained       -4.9 ± 2           -20 ± 20      the same encoder, a predictor as it is drawn
+    persistence    -1.07 ± 0.14      -0.63 ± 0.14    what is read from the last frames seen
+    true frames    0.994 ± 0.002      0.85 ± 0.04    what the probe reads from the frames themselves
+
+Half as many steps give 0.93 ± 0.03 of the position.
 """
 
 import dataclasses

@@ -10,8 +10,9 @@ codes, so at the same bits an image, and how evenly the codes are used. The run'
 the tokenizer, `tokenizers.vq.load(run + "/tokenizer")`, and pictures. The same command goes on
 where it was stopped.
 
-With the defaults (seed 0): 0.0022, which is 0.44 of the error of k-means (0.0051), at 387 bits; all
-240 codes are in use, with a perplexity of 200.
+With the defaults, three seeds: 0.00221 ± 0.00003, which is 0.437 ± 0.005 of the error of k-means,
+at 387 bits; all 240 codes are in use, with a perplexity of 186 ± 14; 3 to 6 minutes of one core's
+time.
 """
 
 import dataclasses
