@@ -10,8 +10,10 @@ No label is used in training, no pixel is predicted. The targets are vectors of 
 teacher, which sees the whole image and whose parameters follow those of the first one. They start
 as little more than where a patch is, which is easily told: the error rises while they come to say
 more. A term for variance and one for covariance see to it in a run this short; with weights of 0 it
-is I-JEPA as published. The rank of the vectors is watched, and the run ends where it collapses.
-The same command goes on where it was stopped.
+is I-JEPA as published, which comes to a rank of 15 in as many steps (from 4 after 100, so with
+`--least-rank 0`), and whose neighbours tell no more than before (38.9 %, seed 0). The rank of the
+vectors is watched, and the run ends where it collapses. The same command goes on where it was
+stopped.
 
 Measured with three seeds on the embedded digits: effective rank 42.7 ± 0.8 of 64 channels (7.1 ±
 2.4 untrained), 20 nearest neighbours tell 62.8 ± 3.2 % of test digits (40.2 ± 0.9 % untrained, 93.0

@@ -5,7 +5,8 @@
                                                     folder:DIR, with a sub-folder a class
 
 The same command goes on where it was stopped. On the 60,000 images of the full MNIST, 3,000 steps,
-five epochs, tell 99.2 % of the test images (seed 0), at 930 images a second on two idle cores.
+five epochs, tell 99.22 ± 0.04 % of the test images (three seeds), at 930 images a second on two
+idle cores.
 """
 
 import dataclasses
