@@ -44,8 +44,10 @@ class Captioned:
     labels: tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]] | None
 
 
-def load(origin: str) -> Captioned:
+def load(origin: str, size: int = 0) -> Captioned:
     """Reads images as `training.images.load` does, and says what is to be seen on them.
+
+    A size other than 0 is the height and width that they are brought to.
 
     Digits are called by name, stroke and slant; other images by the `names` of an npz file, if it
     has some, and by the names of their classes.
@@ -54,13 +56,13 @@ def load(origin: str) -> Captioned:
         CaptionError: If the images cannot be read, or have no classes.
     """
     try:
-        return _load(origin)
+        return _load(origin, size or None)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         raise CaptionError(error) from error
 
 
-def _load(origin: str) -> Captioned:
-    whole = images.load(origin)
+def _load(origin: str, size: int | None) -> Captioned:
+    whole = images.load(origin, size=size)
     pixels = whole.train_images, whole.test_images
     labels = whole.train_labels, whole.test_labels
     if whole.label_names == tuple("0123456789") and pixels[0].shape[1:] == (28, 28, 1):
@@ -71,13 +73,15 @@ def _load(origin: str) -> Captioned:
         raise ValueError(f"{origin}: the images have no classes to be called by.")
     told = [[(_words(whole.label_names[label]),) for label in part] for part in labels]
     if origin.startswith("npz:"):
-        pixels, told = _named(origin)
+        pixels, told = _named(origin, size)
     return Captioned(pixels[0], told[0], pixels[1], told[1], None)
 
 
-def _named(origin: str) -> tuple[tuple[np.ndarray, np.ndarray], list[list[tuple[str, ...]]]]:
+def _named(
+    origin: str, size: int | None
+) -> tuple[tuple[np.ndarray, np.ndarray], list[list[tuple[str, ...]]]]:
     """Divides a file anew, so that the names of its rows are known; a tenth is to test with."""
-    whole = images.load(origin, held_out=0.0)
+    whole = images.load(origin, size=size, held_out=0.0)
     with np.load(pathlib.Path(origin.removeprefix("npz:")).expanduser()) as file:
         names = file["names"] if "names" in file else np.full(len(whole.train_labels), "")
     rows = np.random.default_rng(0).permutation(len(names))
@@ -125,6 +129,34 @@ def attributed(digit: int, stroke: int, slant: int) -> str:
     return f"a {STROKES[stroke]} {DIGITS[digit]}, {SLANTS[slant]}"
 
 
+def learn(images: Captioned, vocab_size: int) -> tuple[Bpe, int]:
+    """Learns tokens from the captions to train with, and T such that the longest of all fits."""
+    learned, others = (
+        sorted({caption for several in part for caption in several})
+        for part in (images.train_captions, images.test_captions)
+    )
+    text = bpe.train(learned, vocab_size=vocab_size, special_tokens=["<end>"])
+    return text, 1 + max(map(len, text.encode_batch(learned + others)))
+
+
+def read(text: Bpe, captions: Sequence[str], length: int) -> Int[np.ndarray, "n {length}"]:
+    """The tokens of captions, filled up with `END`.
+
+    Raises:
+        CaptionError: If one has more than T - 1.
+    """
+    found = np.full((len(captions), length), END, np.int32)
+    for row, caption in zip(found, captions):
+        tokens = text.encode(caption)
+        if len(tokens) >= length:
+            raise CaptionError(
+                f"{caption!r} has {len(tokens)} tokens; T={length} leaves room for {length - 1}, "
+                "as many as the longest caption of the images has."
+            )
+        row[: len(tokens)] = tokens
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Joint:
     """One vocabulary: tokens of text, and behind them the codes of an image.
@@ -139,16 +171,6 @@ class Joint:
     image: ImageTokenizer
     length: int
 
-    @classmethod
-    def of(cls, images: Captioned, image: ImageTokenizer, vocab_size: int) -> "Joint":
-        """Learns tokens from the captions to train with; T is such that the longest of all fits."""
-        learned, others = (
-            sorted({caption for several in part for caption in several})
-            for part in (images.train_captions, images.test_captions)
-        )
-        text = bpe.train(learned, vocab_size=vocab_size, special_tokens=["<end>"])
-        return cls(text, image, 1 + max(map(len, text.encode_batch(learned + others))))
-
     @property
     def vocab_size(self) -> int:
         """V, of both."""
@@ -160,21 +182,8 @@ class Joint:
         return math.prod(self.image.grid)
 
     def read(self, captions: Sequence[str]) -> Int[np.ndarray, "n {self.length}"]:
-        """The tokens of captions.
-
-        Raises:
-            CaptionError: If one has more than T - 1.
-        """
-        found = np.full((len(captions), self.length), END, np.int32)
-        for row, caption in zip(found, captions):
-            tokens = self.text.encode(caption)
-            if len(tokens) >= self.length:
-                raise CaptionError(
-                    f"{caption!r} has {len(tokens)} tokens; T={self.length} leaves room for "
-                    f"{self.length - 1}."
-                )
-            row[: len(tokens)] = tokens
-        return found
+        """The tokens of captions; see `read`."""
+        return read(self.text, captions, self.length)
 
     def look(self, pixels: Shaped[np.ndarray, "n height width C"]) -> Int[np.ndarray, "n P"]:
         """The tokens of images of bytes."""

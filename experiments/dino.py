@@ -29,19 +29,17 @@ References:
 """
 
 import dataclasses
-import sys
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 
-from experiments import dino_loss, dino_report, dino_views, vision
+from experiments import command, dino_loss, dino_report, dino_views, trained, vision
 from jaxformer.analysis import representation
 from jaxformer.models.dino import DINO, DINOConfig
 from jaxformer.models.vit import ViTConfig
 from jaxformer.ops import linear, patches
-from jaxformer.training import checkpoint, data, ema, images, loop, mesh, optimizers, run
+from jaxformer.training import data, ema, images, loop, mesh, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import PyTree
@@ -56,7 +54,8 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class if there are classes) or "npz:FILE".
         size: Height and width to bring images to; 0 for as they are.
         model: Sizes of student and teacher; the data settle the encoder's `size` and `channels`.
         views: The crops.
@@ -144,12 +143,16 @@ def main(cfg: Config) -> int:
     devices = mesh.make(cfg.mesh, batch=cfg.batch)
     run.enable_compile_cache()
     seen = images.load(cfg.data, size=cfg.size or None)
+    height, width = seen.train_images.shape[1:3]
+    if cfg.views.small and cfg.views.side > min(height, width):
+        raise ValueError(f"crops of side={cfg.views.side} exceed images of {height}×{width}.")
     config = dataclasses.replace(cfg.model, encoder=vision.settled(cfg.model.encoder, seen))
     model = DINO(config, project=linear.project_input_first)
     with run.Run(cfg.run) as record:
         teacher = train(cfg, model, seen, devices, record)
         if teacher is None:
             return 0
+        trained.save(record.folder, config.encoder, teacher["params"]["encoder"])
         settings = {"data": seen.origin, "targets": cfg.loss.targets, "steps": cfg.steps}
         sides = (teacher, vision.create(model, config.encoder, cfg.seed, places=1))
         dino_report.write(record, settings, config.encoder, sides, seen, cfg.views)
@@ -157,8 +160,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (*told, checkpoint.CheckpointError, representation.Collapsed) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

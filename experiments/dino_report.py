@@ -41,7 +41,9 @@ def write(
     record.report(figures)
 
     folder, few = record.folder, seen.test_images[:10]
-    pictures.loss_curve(records.read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    pictures.loss_curve(
+        records.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", unit="loss"
+    )
     vision.draw_neighbours(seen, *both[""], folder / "neighbours.png")
     teacher = {"params": sides[0]["params"]["encoder"]}
     vision.draw_attention(ViT(encoder), teacher, few, folder / "attention.png")

@@ -34,6 +34,9 @@ class TokenizerConfig:
     batch: int = 64
     learning_rate: float = 3e-3
 
+    def __post_init__(self) -> None:
+        run.check_least(self, steps=1, batch=1)
+
     def model(self, side: int) -> VQVAE:
         """Makes the model for square frames."""
         return VQVAE(
@@ -65,7 +68,8 @@ def train(
             seed,
             devices,
             record,
-            meaning=dataclasses.asdict(cfg) | {"box": dataclasses.asdict(box), "seed": seed},
+            meaning=dataclasses.asdict(cfg)
+            | {"box": dataclasses.asdict(box), "seed": seed, "frames": len(states)},
             unit="frames",
         )
 

@@ -27,19 +27,17 @@ References:
 """
 
 import dataclasses
-import sys
 
 import jax
 import optax
-import tyro
 from jax.sharding import Mesh
 
-from experiments import ijepa_loss, ijepa_report, vision
+from experiments import command, ijepa_loss, ijepa_report, trained, vision
 from jaxformer.analysis import representation
 from jaxformer.models.jepa import JEPA, JEPAConfig
 from jaxformer.models.vit import ViTConfig
 from jaxformer.ops import linear
-from jaxformer.training import checkpoint, data, ema, images, loop, mesh, optimizers, run
+from jaxformer.training import data, ema, images, loop, mesh, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import PyTree
@@ -56,7 +54,8 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class if there are classes) or "npz:FILE".
         size: Height and width to bring images to; 0 for as they are.
         encoder: Sizes of both encoders; the data settle `size` and `channels`.
         predictor: Width, blocks and heads of the predictor.
@@ -149,6 +148,7 @@ def main(cfg: Config) -> int:
         teacher = train(cfg, model, seen, devices, record)
         if teacher is None:
             return 0
+        trained.save(record.folder, encoder, teacher["params"]["encoder"])
         settings = {"data": seen.origin, "parameters": optax.tree.size(teacher), "steps": cfg.steps}
         sides = teacher, vision.create(model, encoder, cfg.seed)
         ijepa_report.write(record, settings, encoder, sides, seen)
@@ -156,8 +156,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (*told, checkpoint.CheckpointError, representation.Collapsed) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import ijepa_loss, vision
 from jaxformer.analysis import representation
@@ -57,6 +58,7 @@ def draw_course(rows: list[dict[str, Any]], path: str | os.PathLike[str]) -> Non
         axes.set(ylabel={"loss": "loss", "rank": "effective rank"}[name], ylim=(0, None))
         axes.grid(alpha=0.25)
     below.set_xlabel("steps")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=130)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,9 @@ class Config:
     batch: int = 64
     learning_rate: float = 3e-3
 
+    def __post_init__(self) -> None:
+        run.check_least(self, steps=1, batch=1)
+
     def model(self, size: tuple[int, int], channels: int) -> VQVAE:
         """The model that is trained."""
         return VQVAE(VQVAEConfig(size, channels, self.patch, self.conv), quantize.FSQ(self.levels))
@@ -87,6 +91,7 @@ def train(
 
     The folder then holds the tokenizer, as `tokenizers.vq.load(folder / "tokenizer")` reads it.
     """
+    number = zlib.crc32(images.tobytes())
     with run.Run(folder) as record:
         found = fit(
             cfg.model(images.shape[1:3], images.shape[3]),
@@ -97,7 +102,7 @@ def train(
             seed,
             devices,
             record,
-            meaning=dataclasses.asdict(cfg) | {"seed": seed},
+            meaning={"seed": seed, "images": number, **dataclasses.asdict(cfg)},
             log_every=100,
         )
     if found is None:

@@ -105,7 +105,7 @@ def write(
     draw_curves(curves, folder / "r2.png")
     draw_strip(frames[len(states) // 2 :, context - 1 :], found, folder / "strip.png")
     rows = records.read_metrics(folder / "metrics.jsonl")
-    pictures.loss_curve(rows, folder / "loss.png", evaluations=("error",), unit="loss")
+    pictures.loss_curve(rows, folder / "loss.png", unit="loss")
     print(records.table({name: x for name, x in figures.items() if np.ndim(x) == 0}))
 
 

@@ -20,20 +20,18 @@ References:
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax.sharding import Mesh
 
-from experiments import mae_report, vision
+from experiments import command, mae_report, trained, vision
 from jaxformer.models.mae import MAE, MAEConfig
 from jaxformer.models.vit import ViTConfig
 from jaxformer.ops import linear, losses, patch_masks, patches, reconstruction
-from jaxformer.training import checkpoint, data, images, loop, mesh, optimizers, run
+from jaxformer.training import data, images, loop, mesh, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -47,7 +45,8 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class if there are classes) or "npz:FILE".
         size: Height and width to bring images to; 0 for as they are.
         encoder: Sizes of the encoder, whose `pool` is what is read; the data settle `size` and
             `channels`.
@@ -81,6 +80,8 @@ class Config:
     log_every: int = 20
 
     def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate must lie between 0 and 1, got {self.rate}.")
         run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
 
 
@@ -138,6 +139,7 @@ def main(cfg: Config) -> int:
         params = train(cfg, model, seen, devices, record)
         if params is None:
             return 0
+        trained.save(record.folder, encoder, params["params"]["encoder"])
         settings = {"data": seen.origin, "parameters": optax.tree.size(params), "steps": cfg.steps}
         sides = params, vision.create(model, encoder, cfg.seed)
         few, count = len(seen.test_images[:10]), math.prod(encoder.grid)
@@ -147,8 +149,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (*told, checkpoint.CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

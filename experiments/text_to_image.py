@@ -27,26 +27,22 @@ References:
 """
 
 import dataclasses
-import sys
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
-from experiments import captions, image_codes
+from experiments import captions, command, image_codes
 from experiments import text_to_image_report as report
-from experiments.captions import END, Captioned, CaptionError, Joint
-from experiments.image_codes import CodesError
+from experiments.captions import END, Captioned, Joint
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import losses
-from jaxformer.training import checkpoint, data, loop, mesh, optimizers, run
-from jaxformer.training.run import FolderInUse, TrainingDiverged
+from jaxformer.training import data, loop, mesh, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, Int, Key, PyTree
@@ -58,7 +54,9 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: "embedded", or what else `jaxformer.training.images.load` takes.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class) or "npz:FILE".
+        size: Height and width to bring images to; 0 for as they are.
         ask: Captions to be drawn, beside those of the figures.
         tokenizer: Folder of a saved tokenizer of images; "" trains one as `codes` says.
         codes: Sizes and training of that one.
@@ -85,6 +83,7 @@ class Config:
 
     run: str = "runs/text_to_image"
     data: str = "embedded"
+    size: int = 0
     ask: tuple[str, ...] = ()
     tokenizer: str = ""
     codes: image_codes.Config = image_codes.Config()
@@ -110,8 +109,10 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        run.check_least(self, bpe=257, each=1, moved=0, shift=0)
+        run.check_least(self, bpe=257, each=1, moved=0, shift=0, size=0)
         run.check_least(self, steps=1, batch=1, save_every=1, log_every=1)
+        if not self.scales:
+            raise ValueError("scales must name at least one scale of guidance.")
         for name in ("text_weight", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
@@ -189,14 +190,18 @@ def main(cfg: Config) -> int:
     mesh.keep_host_memory()
     devices = mesh.make(cfg.mesh, batch=cfg.batch)
     run.enable_compile_cache()
-    images = captions.load(cfg.data)
+    images = captions.load(cfg.data, cfg.size)
+    batch, count = max(cfg.batch, cfg.codes.batch), len(images.train_images)
+    if batch > count:
+        raise ValueError(f"a batch of {batch} exceeds the {count} images: lower the batch.")
+    text, length = captions.learn(images, cfg.bpe)
+    captions.read(text, cfg.ask, length)  # refuses what is too long before any training
     with run.Run(cfg.run) as record:
         where, pixels = record.folder / "codes", images.train_images
         codes = image_codes.ready(cfg.tokenizer, cfg.codes, where, pixels, cfg.seed, devices)
         if codes is None:
             return 0
-        joint = Joint.of(images, codes, cfg.bpe)
-        joint.read(cfg.ask)  # refuses what is too long before the training
+        joint = Joint(text, codes, length)
         sizes = {"vocab_size": joint.vocab_size, "max_length": joint.length + joint.codes}
         config = dataclasses.replace(cfg.model, **sizes)
         model = Decoder(config, *fastest(config, causal=True))
@@ -207,8 +212,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (CaptionError, CodesError, TrainingDiverged, FolderInUse, checkpoint.CheckpointError)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except told as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

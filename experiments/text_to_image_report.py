@@ -180,8 +180,9 @@ def show(record: run.Run, cfg: "Config", draw: Draw, images: Captioned, joint: J
     put("samples.png", draw(np.repeat(asked, 10).tolist(), cfg.scale), asked, "")
     row = [captions.plain(digit)[0] for digit in range(10)] if images.labels else asked[-10:]
     lines = [draw(row, scale) for scale in cfg.scales]
-    title = "guidance: " + ", ".join(row)
-    put("guidance.png", np.stack(lines), [f"scale {scale:g}" for scale in cfg.scales], title)
+    sheet = np.stack(lines) if not grey else 1 - np.stack(lines)  # ink is dark
+    scales = [f"scale {scale:g}" for scale in cfg.scales]
+    pictures.image_grid(sheet, record.folder / "guidance.png", scales, row)
     some = captions.light(images.test_images[:12])
     rows = [some, joint.image.decode(joint.image.encode(some))]
     put("codes.png", np.stack(rows), ["held out", "from its codes"], "")

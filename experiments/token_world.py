@@ -17,16 +17,14 @@ frame seen:
 """
 
 import dataclasses
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
-from experiments import ball, frame_tokens
+from experiments import ball, command, frame_tokens
 from experiments import token_world_report as report
 from experiments.frame_tokens import TokenizerConfig
 from jaxformer.models.decoder import Decoder
@@ -34,7 +32,7 @@ from jaxformer.models.skeleton import fastest
 from jaxformer.models.transformer import TransformerConfig
 from jaxformer.ops import losses
 from jaxformer.tokenizers.image import ImageTokenizer
-from jaxformer.training import checkpoint, data, loop, mesh, optimizers, run
+from jaxformer.training import data, loop, mesh, optimizers, run
 from jaxformer.training.state import TrainState
 from jaxformer.training.step import jit_step, make_train_step
 from jaxformer.typing import Array, PyTree
@@ -82,6 +80,8 @@ class Config:
 
     def __post_init__(self) -> None:
         run.check_least(self, context=1, ahead=1, steps=2, batch=1, save_every=1, log_every=1)
+        if self.batch > self.flights:
+            raise ValueError(f"batch={self.batch} exceeds flights={self.flights}.")
         self.tokenizer.model(self.box.side)
 
     def meaning(self) -> dict[str, Any]:
@@ -163,8 +163,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (run.TrainingDiverged, run.FolderInUse, checkpoint.CheckpointError)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except told as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

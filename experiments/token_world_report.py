@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import ball
 from jaxformer.generation import decode, guidance, samplers
@@ -125,6 +126,7 @@ def draw_errors(errors: dict[str, np.ndarray], path: pathlib.Path) -> None:
         style = "k--" if name == "tokenizer" else "-"
         axes.plot(np.arange(1, len(error) + 1), error, style, label=name)
     axes.set(xlabel="steps ahead", ylabel="mean square error of a pixel", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -10,7 +10,6 @@ idle cores.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax.sharding import Mesh
 
-from experiments import vision
+from experiments import command, trained, vision
 from jaxformer.models.vit import ViT, ViTConfig
 from jaxformer.ops import augment, linear
 from jaxformer.training import (
-    checkpoint,
     data,
     images,
     loop,
@@ -48,7 +45,8 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class if there are classes) or "npz:FILE".
         size: Height and width to bring images to; 0 for as they are.
         model: Sizes of the model; the data settle `size`, `channels` and `num_classes`.
         distort: How training images are changed: turned, slanted, stretched and shifted as
@@ -171,7 +169,7 @@ def main(cfg: Config) -> int:
     devices = mesh.make(cfg.mesh, batch=cfg.batch)
     run.enable_compile_cache()
     seen = images.load(cfg.data, size=cfg.size or None)
-    if not seen.label_names:
+    if len(seen.label_names) < 2:
         raise ValueError(f"{cfg.data}: the images have no classes to tell apart.")
     config = dataclasses.replace(cfg.model, num_classes=len(seen.label_names))
     model = ViT(vision.settled(config, seen), project=linear.project_input_first)
@@ -180,6 +178,7 @@ def main(cfg: Config) -> int:
         params = train(cfg, model, seen, scores, devices, record)
         if params is None:
             return 0
+        trained.save(record.folder, model.config, params["params"])
         said = scores(params, seen.test_images).argmax(axis=-1)
         report: dict[str, Any] = {"data": seen.origin, "steps": cfg.steps, "test images": len(said)}
         report["parameters"] = optax.tree.size(params)
@@ -194,8 +193,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (*told, checkpoint.CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

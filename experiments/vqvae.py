@@ -17,20 +17,18 @@ time.
 
 import dataclasses
 import math
-import sys
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 
-from experiments import image_codes, vision
+from experiments import command, image_codes, vision
 from experiments import vqvae_report as report
 from jaxformer.layers import quantize
 from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
 from jaxformer.ops import augment
 from jaxformer.tokenizers.vq import VQTokenizer
-from jaxformer.training import checkpoint, images, mesh, run
+from jaxformer.training import images, mesh, run
 from jaxformer.training.step import jit_step, pmap_step
 from jaxformer.typing import Array, PyTree
 
@@ -41,7 +39,8 @@ class Config:
 
     Attributes:
         run: Folder of the run; a run that was stopped goes on from its last checkpoint.
-        data: Origin of the images, as `jaxformer.training.images.load` takes it.
+        data: "embedded" (digits), "tfds:DIR" (prepared sets), "folder:DIR" (PNG and JPEG files,
+            in a sub-folder for each class if there are classes) or "npz:FILE".
         size: Height and width to bring images to; 0 for as they are.
         quantizer: Codes trained by gradients ("vq") or that follow their inputs ("vq_ema"), finite
             scalars ("fsq"), or a relaxed softmax ("gumbel").
@@ -86,6 +85,8 @@ class Config:
     log_every: int = 50
 
     def __post_init__(self) -> None:
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels must be one or more, each at least 2, got {self.levels}.")
         run.check_least(self, size=0, width=1, steps=1, batch=1, save_every=1, log_every=1)
 
     def model(self, size: tuple[int, int], channels: int) -> VQVAE:
@@ -152,8 +153,4 @@ def main(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    told = (FileNotFoundError, ValueError, run.TrainingDiverged, run.FolderInUse)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (*told, checkpoint.CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Config, __doc__)

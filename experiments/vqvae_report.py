@@ -84,5 +84,5 @@ def codes_drawn(
     np.add.at(sums, ids.ravel(), cut)
     used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     drawn = sums[used] / counts[used, None]
-    drawn = np.pad(drawn, [(0, -len(drawn) % 16), (0, 0)])
+    drawn = np.pad(drawn, [(0, -len(drawn) % 16), (0, 0)], constant_values=1)  # white, as paper
     return drawn.reshape(-1, 16, *patch, images.shape[-1])

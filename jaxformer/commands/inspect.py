@@ -98,6 +98,8 @@ def report(folder: pathlib.Path, context: int | None = None) -> dict[str, Any]:
             "cache of a text, bfloat16": bytes_of,
             "with bfloat16 parameters": bytes_of + total * 2,
         }
+    if not hasattr(config, "vocab_size"):
+        return found
     try:
         words = formats.load(folder)
         found["tokenizer"] = f"{type(words).__name__}, {words.vocab_size} tokens"

@@ -37,11 +37,11 @@ class ViTConfig:
         class_token: Whether a learned token stands before the patches, to read them all.
         registers: Learned tokens between it and the patches.
         mask_token: Whether there is a learned vector for patches that are hidden.
-        positions: One of `POSITIONS`.
+        positions: "learned", "sinusoidal", "rotary" or "none".
         class_position: Whether the class token has a row in the table of learned positions.
         antialias: Whether learned positions are averaged where they are interpolated to fewer.
         rope: How rotary positions turn.
-        activation: One of `transformer.ACTIVATIONS`.
+        activation: "gelu", "gelu_tanh", "relu", "relu_squared" or "silu".
         gated: Whether one half of the hidden channels gates the other.
         qkv_bias: Of the projections to queries, keys and values.
         key_bias: Whether that to keys has one too.
@@ -91,6 +91,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         patches.grid_of(self.size, self.patch)
+        for name in ("width", "num_layers", "num_heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.channels < 1 or self.registers < 0 or self.num_classes < 0:
             raise ValueError(f"C must be positive, counts not negative: {self}.")
         if self.width % self.num_heads:

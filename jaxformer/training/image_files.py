@@ -59,7 +59,7 @@ def read(
         if image.shape[:2] != (height, width):
             raise ValueError(
                 f"{file}: expected an image of {height}x{width}, as {files[0].name} is, found "
-                f"{image.shape[0]}x{image.shape[1]}; `size` brings all to one size."
+                f"{image.shape[0]}x{image.shape[1]}; `size` brings all to one."
             )
     shape = height, width, max(image.shape[-1] for image in images)
     stack = np.stack([np.broadcast_to(image, shape) for image in images])

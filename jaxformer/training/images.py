@@ -60,7 +60,7 @@ def load(
                 whose sorted names are the classes, or without classes in DIR itself; files of other
                 kinds are left out;
             `npz:FILE`: arrays `x` (rows of images, with C or without; the most is 1, 16 or 255, the
-                least of these that no value exceeds), `y` (labels) and, if there are, `label_names`
+                least of these that no value exceeds) and, if there are, `y` (labels), `label_names`
                 and `names` (of the rows); or `packed` (bits, 8 a byte), `shape`, `character` and
                 `character_names`, as Omniglot.
         size: Height and width to bring each image to, or both at once: it is cut to their ratio
@@ -131,25 +131,27 @@ def _read_tfds(folder: pathlib.Path) -> tuple[tfds.Split, tfds.Split, tuple[str,
 def _read_npz(path: pathlib.Path) -> tuple[tfds.Split, list[str], tuple[str, ...]]:
     """Reads images, what their side depends on, and the names of their classes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected an npz file with x and y.")
+        raise FileNotFoundError(f"{path}: no such file; expected an npz file with x.")
     try:
         with path.open("rb") as file, np.load(file) as stored:
             arrays = dict(stored)
     except Exception as error:
         raise ValueError(f"{path}: expected a whole npz file, found: {error}") from error
     needed = ("packed", "shape", "character", "character_names")
-    needed = needed if "packed" in arrays else ("x", "y")
+    needed = needed if "packed" in arrays else ("x",)
     if missing := [name for name in needed if name not in arrays]:
         raise ValueError(f"{path}: expected {', '.join(needed)}, found no {', '.join(missing)}.")
     if "packed" in arrays:
         arrays |= {"x": _unpacked(arrays["packed"], arrays["shape"].tolist(), path)}
         arrays |= {"y": arrays["character"], "label_names": arrays["character_names"]}
+    if "y" not in arrays:
+        arrays |= {"y": np.zeros(len(arrays["x"]), np.int64), "label_names": np.array([], str)}
     x, y = arrays["x"], arrays["y"]
     if y.dtype.kind not in "iu" or y.ndim != 1 or not y.size:
         raise ValueError(f"{path}: expected integers y, one a row, found {y.dtype} of {y.shape}.")
     names = arrays["label_names"] if "label_names" in arrays else np.arange(y.max() + 1)
     keys = arrays["names"] if "names" in arrays else np.arange(len(y))
-    whole = _checked(_bytes(x, path), y, str(path), len(names))
+    whole = _checked(_bytes(x, path), y, str(path), max(1, len(names)))
     if len(keys) != len(y):
         raise ValueError(f"{path}: expected {len(y)} names, one a row, found {len(keys)}.")
     return whole, [str(key) for key in keys], tuple(str(name) for name in names)

@@ -81,4 +81,7 @@ def train(
             if stopped:
                 print(f"Stopped after step {step}: saved; the same command goes on.")
                 return None
+        if stop.reached(steps + 1):
+            print(f"Stopped after step {steps}, the last: saved; the same command goes on.")
+            return None
     return state

@@ -40,6 +40,8 @@ def loss_curve(
     Raises:
         ValueError: If no row has the training loss.
     """
+    from matplotlib.ticker import MaxNLocator
+
     steps, losses = _series(rows, train)
     if not steps.size:
         raise ValueError(f"No row has the metric {train!r}: there is no curve to draw.")
@@ -62,6 +64,8 @@ def loss_curve(
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in labelled else "")
     if _wide(steps, factor=3):
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("steps")
     axes.set_ylabel(unit)

@@ -52,7 +52,9 @@ def table(figures: Mapping[str, Any]) -> str:
     """Writes a name and its value a line, in two columns; of floats four digits."""
     width = max(map(len, figures), default=0) + 3
     return "\n".join(
-        f"{name:{width}}{value:.4g}" if isinstance(value, float) else f"{name:{width}}{value}"
+        f"{name:{width}}{value:.4g}"
+        if isinstance(value, float | np.floating)
+        else f"{name:{width}}{value}"
         for name, value in figures.items()
     )
 

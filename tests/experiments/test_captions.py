@@ -71,7 +71,9 @@ def test_what_cannot_be_read_or_called_is_refused(tmp_path):
 def joint():
     pixels = np.zeros((3, 2, 3, 1), np.uint8)
     train, test = [("a cat", "cats"), ("a dog", "dogs")], [("a catalogue", "a")]
-    return Joint.of(Captioned(pixels[:2], train, pixels[2:], test, None), Brightness(), 270)
+    images = Captioned(pixels[:2], train, pixels[2:], test, None)
+    text, length = captions.learn(images, 270)
+    return Joint(text, Brightness(), length)
 
 
 def test_captions_end_and_are_padded_and_the_longest_of_all_fits(joint):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ijepa, ijepa_loss, vision
+from experiments import ijepa, ijepa_loss, trained, vision
 from jaxformer.analysis import representation
 from jaxformer.models.jepa import JEPA, JEPAConfig
 from jaxformer.ops import norms, reconstruction, spreading
@@ -40,6 +40,8 @@ def test_a_run_leaves_report_and_pictures(whole):
     assert [row["step"] for row in rows if "rank" in row] == [10, 20]
     for name in ("loss", "neighbours", "blocks"):
         assert (whole / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    model, variables = trained.load(whole)
+    assert model.apply(variables, jnp.zeros((1, 28, 20, 1))).shape[::2] == (1, 16)
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(whole, noise, tmp_path, stopped):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import mae, mae_report, vision
+from experiments import mae, mae_report, trained, vision
 from jaxformer.models.mae import MAE, MAEConfig
 from jaxformer.ops import patch_masks, patches
 from jaxformer.training import checkpoint
@@ -48,6 +48,8 @@ def test_a_run_leaves_report_and_pictures(whole):
     assert [row["step"] for row in rows if "test_loss" in row] == [10, 20]
     for name in ("loss", "filled"):
         assert (whole / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    model, variables = trained.load(whole)
+    assert model.apply(variables, jnp.zeros((1, 28, 20, 1))).shape[::2] == (1, 16)
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(whole, noise, tmp_path, stopped):

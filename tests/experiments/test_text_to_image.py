@@ -98,7 +98,9 @@ def joint():
     model = CODES.model((8, 8), 1)
     zeros = np.zeros((2, 8, 8, 1), np.uint8)
     codes = VQTokenizer(model, jax.jit(model.init)(jax.random.key(0), zeros / np.float32(1)))
-    return Joint.of(Captioned(zeros, [("ab",), ("b",)], zeros, [("a",)] * 2, None), codes, 257)
+    images = Captioned(zeros, [("ab",), ("b",)], zeros, [("a",)] * 2, None)
+    text, length = captions.learn(images, 257)
+    return Joint(text, codes, length)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import vision
+from experiments import vision, vit
 from jaxformer.models.vit import ViT, ViTConfig
 from jaxformer.training.images import Images
 
@@ -20,6 +20,16 @@ CONFIG = ViTConfig((4, 4), (2, 2), 1, 8, 1, 2, 8, pool="both")
 class Settings:
     run: str = "a"
     steps: int = 3
+
+
+def test_a_checkpoint_depends_on_images_and_labels_but_not_on_where_they_lie():
+    cfg = vit.Config()
+    one = vision.meaning(cfg, SEEN)
+    assert one == vision.meaning(dataclasses.replace(cfg, run="x", data="y"), SEEN)
+    others = {"train_labels": 1 - SEEN.train_labels, "label_names": ("a", "b", "c")}
+    others["train_images"] = 255 - SEEN.train_images
+    for name, value in others.items():
+        assert vision.meaning(cfg, dataclasses.replace(SEEN, **{name: value})) != one
 
 
 def test_bytes_become_numbers_from_minus_one_to_one():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import vit
+from experiments import trained, vision, vit
 from jaxformer.models.vit import ViTConfig
-from jaxformer.training import checkpoint
+from jaxformer.training import checkpoint, images
 
 MODEL = ViTConfig((8, 12), (4, 4), 1, 16, 1, 2, 16, num_classes=2)
 
@@ -49,6 +49,17 @@ def test_a_run_learns_and_leaves_report_and_pictures(whole):
     assert report["test images"] > 3
     for name in ("loss", "attention"):
         assert (whole / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_trained_model_can_be_taken_out_of_the_folder(whole, bars, tmp_path):
+    model, variables = trained.load(whole)
+    assert model.config == MODEL
+    seen = images.load(bars)
+    light = vision.centred(vision.light(jnp.asarray(seen.test_images)))
+    said = model.apply(variables, light, method="logits").argmax(axis=-1)
+    np.testing.assert_array_equal(said, seen.test_labels)
+    with pytest.raises(FileNotFoundError, match="when it is finished"):
+        trained.load(tmp_path)
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(whole, bars, tmp_path, stopped):

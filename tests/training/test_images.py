@@ -317,6 +317,14 @@ def test_damaged_and_misplaced_files_are_named(name, content, told, classes):
         images.load(str(classes))
 
 
+def test_a_file_of_images_alone_has_no_classes(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((40, 4, 5, 3), np.uint8))
+    found = images.load(f"npz:{tmp_path / 'x.npz'}")
+    assert found.label_names == ()
+    assert (found.train_labels == 0).all()
+    assert len(found.train_images) + len(found.test_images) == 40
+
+
 def test_a_jpeg_that_is_cut_short_is_named(tmp_path):
     path = written(tmp_path / "x.jpg", np.tile(RGB, (40, 40, 1)), quality=95)
     path.write_bytes(path.read_bytes()[:20_000])
@@ -334,7 +342,7 @@ def test_images_of_other_sizes_need_a_size(classes):
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [
-        ({"y": None}, r"x\.npz: expected x, y, found no y"),
+        ({"x": None}, r"x\.npz: expected x, found no x"),
         ({"x": np.zeros((6, 4))}, r"x\.npz: expected rows of grey or RGB .*\(6, 4\)"),
         ({"x": np.zeros((6, 4, 4, 2))}, r"expected rows of grey or RGB .*\(6, 4, 4, 2\)"),
         ({"x": np.full((6, 4, 4), 256)}, r"x\.npz: expected x from 0 to 1, 16 or 255.* to 256"),
@@ -360,7 +368,7 @@ def test_missing_and_foreign_files_are_named_with_what_was_expected(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for origin, told in (
-        (f"npz:{empty}/x.npz", r"x\.npz: no such file; expected an npz file with x and y"),
+        (f"npz:{empty}/x.npz", r"x\.npz: no such file; expected an npz file with x"),
         (f"{empty}/none", r"none: no such folder; expected one of PNG and JPEG files"),
         (f"folder:{empty}", r"empty: expected PNG or JPEG files, found none"),
         (f"folder:{tmp_path}", r"empty: expected PNG or JPEG files, found none"),

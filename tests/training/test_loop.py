@@ -61,6 +61,19 @@ def test_a_signal_saves_and_the_next_call_goes_on(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 7)]
 
 
+def test_a_signal_after_the_last_step_ends_the_run_too(tmp_path, capsys):
+    def evaluate(state):
+        if state.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    assert train(tmp_path, Counting(), evaluate=evaluate) is None
+    assert "Stopped after step 6, the last: saved" in capsys.readouterr().out
+    again = Counting()
+    assert float(train(tmp_path, again).params) == 30
+    assert again.begun == []
+
+
 def test_a_run_that_is_complete_trains_no_more(tmp_path):
     train(tmp_path, Counting())
     again = Counting()
