@@ -82,8 +82,6 @@ def race(
         count: How many of what `unit` names a step takes.
         unit: Of the speed.
     """
-    import torch
-
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -93,19 +91,12 @@ def race(
         return optax.apply_updates(params, updates), state, loss
 
     now: list[Any] = [jax.tree.map(jnp.copy, params), optimizer.init(params)]
-    torch_optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
     def ours() -> float:
         now[0], now[1], loss = step(*now)
         return float(loss)
 
-    def of_torch() -> float:
-        loss = loss_of_torch()
-        torch_optimizer.zero_grad()
-        loss.backward()
-        torch_optimizer.step()
-        return float(loss.detach())
-
+    of_torch = torch_step(loss_of_torch, parameters)
     for _ in range(3):
         np.testing.assert_allclose(ours(), of_torch(), rtol=1e-3)
     runs = {"jaxformer": ours, "transformers": of_torch}
@@ -119,6 +110,22 @@ def race(
             "jaxformer_is_faster_by": round(float(np.median(times) / mine), 2),
         }
         report(name, figures | spread(times), ("transformers", "torch"))
+
+
+def torch_step(loss_of: Callable[[], Any], parameters: Any) -> Callable[[], float]:
+    """Makes the step of PyTorch that `race` times, which returns the loss before it."""
+    import torch
+
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+    def step() -> float:
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
 
 
 def interleaved(

@@ -10,8 +10,7 @@ from jaxformer.analysis.representation import Collapsed
 from jaxformer.training.checkpoint import CheckpointError
 from jaxformer.training.run import FolderInUse, TrainingDiverged
 
-_TOLD = (OSError, ValueError, ModuleNotFoundError)
-_TOLD = (*_TOLD, Collapsed, CheckpointError, FolderInUse, TrainingDiverged)
+_OF_RUNS = (Collapsed, CheckpointError, FolderInUse, TrainingDiverged)
 
 
 def run(main: Callable[[Any], int], config: type, description: str | None) -> NoReturn:
@@ -24,7 +23,7 @@ def run(main: Callable[[Any], int], config: type, description: str | None) -> No
     """
     try:
         sys.exit(main(tyro.cli(config, description=description)))
-    except _TOLD as error:
+    except (OSError, ValueError, ModuleNotFoundError, *_OF_RUNS) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -1,9 +1,9 @@
 """The encoder that a run has trained, as two files in its folder, and back.
 
-from experiments import trained
+    model, variables = trained.load("runs/dino")
+    vectors = model.apply(variables, images)
 
-model, variables = trained.load("runs/dino")
-vectors = model.apply(variables, images)  # of vision.centred(vision.light(bytes))
+Images are those of `vision.centred(vision.light(bytes))`.
 """
 
 import json

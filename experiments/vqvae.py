@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments import command, image_codes, vision
+from experiments import captions, command, image_codes, vision
 from experiments import vqvae_report as report
 from jaxformer.layers import quantize
 from jaxformer.models.vqvae import VQVAE, ConvCoder, ViTCoder, VQVAEConfig
@@ -125,7 +125,7 @@ def train(cfg: Config, seen: images.Images, devices: Mesh, record: run.Run) -> V
         cfg.seed,
         devices,
         record,
-        test=report.light(seen.test_images[:500]),
+        test=captions.light(seen.test_images[:500]),
         anneal=cooled,
         spread=jit_step if cfg.step == "jit" else pmap_step,
         warmup=cfg.warmup,

@@ -6,19 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.captions import light
 from jaxformer.ops import codebook, patches
 from jaxformer.tokenizers.image import ImageTokenizer
 from jaxformer.tokenizers.patch_kmeans import PatchKMeans
 from jaxformer.training import images, pictures, records, run
-from jaxformer.typing import Float, UInt8
+from jaxformer.typing import Float
 
 _ROUNDS = 30  # of k-means; twenty more lower its error by 2 %
 _LEARNED_FROM = 10_000  # images, by k-means
-
-
-def light(images: UInt8[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
-    """Images as tokenizers take them, from 0 to 1."""
-    return images.astype(np.float32) / 255
 
 
 def figures(

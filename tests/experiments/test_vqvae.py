@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import vqvae, vqvae_report
+from experiments import captions, vqvae, vqvae_report
 from jaxformer.models.vqvae import ConvCoder, ViTCoder
 from jaxformer.tokenizers import vq
 from jaxformer.training import images, mesh, run
@@ -53,7 +53,7 @@ def test_a_run_leaves_a_tokenizer_a_report_and_pictures(tmp_path, monkeypatch, c
     assert report["perplexity_share"] == report["perplexity"] / 12
     assert all(name in capsys.readouterr().out for name in [*report][:1])
     tokenizer = vq.load(tmp_path / "tokenizer")
-    test = vqvae_report.light(DIGITS.test_images)
+    test = captions.light(DIGITS.test_images)
     assert tokenizer.distortion(test) == pytest.approx(report["distortion"])
     ids = tokenizer.encode(test)
     assert len(np.unique(ids)) == report["codes_in_use"]
